@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import reprlib
 import unicodedata
+from typing import Any
 
 
 class JahubertError(Exception):
@@ -115,6 +117,26 @@ _NOT_FILES = (ConnectionError, BlockingIOError, InterruptedError, TimeoutError, 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # occurs in messages from safetensors
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's message, which does not name the cause
 _LIBSNDFILE_SYSTEM_ERROR = 2
+MAX_MESSAGE = 10_000  # maximum length of a printed message in characters
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 10
+
+
+def quote(value: Any) -> str:
+    """Return the `repr` of a value from a file or setting, with limited length and depth, for messages."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # the value is an integer with thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def shorten(text: str, length: int) -> str:
+    """Replace the middle of a text that is longer than `length` by the number of omitted characters."""
+    half = length // 2
+    n_omitted = len(text) - 2 * half
+    return f"{text[:half]} ... ({n_omitted:,} characters) ... {text[-half:]}" if n_omitted > 0 else text
 
 
 def printable(text: str) -> str:

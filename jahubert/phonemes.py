@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 
 VOWELS = ("a", "i", "u", "e", "o")
 _CONSONANTS = "w y j my ky dy by gy ny hy ry py p t k ts ch b d g z m n s sh h f r"
@@ -138,7 +138,7 @@ def kana_to_phones(kana: str) -> list[str]:
             i += 1
         elif char not in _READ:
             raise DataError(
-                f"{char!r} (character {i + 1} of {kana!r}) is not kana: use hiragana or katakana, "
+                f"{quote(char)} (character {i + 1} of {quote(kana)}) is not kana: use hiragana or katakana, "
                 "or convert text with jahubert.train.text.japanese"
             )
         elif (following in _SMALL or following in _SMALL_Y) and char not in "ンッ" and char not in _SMALL:
@@ -148,7 +148,7 @@ def kana_to_phones(kana: str) -> list[str]:
             phones += _READ[char]
             i += 1
     if text and all(phone == "q" for phone in phones):
-        raise DataError(f"{kana!r} is not a word: it has neither a vowel nor ン")
+        raise DataError(f"{quote(kana)} is not a word: it has neither a vowel nor ン")
     return phones
 
 
@@ -166,7 +166,7 @@ def phones_to_kana(phones: Sequence[str]) -> str:
     for phone in phones:
         vowel = phone.removesuffix(":")
         if phone != BOUNDARY and phone not in PHONES:
-            raise DataError(f"{phone!r} is not a phone; the phones are {' '.join(PHONES)}")
+            raise DataError(f"{quote(phone)} is not a phone; the phones are {' '.join(PHONES)}")
         if vowel in VOWELS:
             out.append(_WRITE[consonant, vowel] + ("ー" if phone.endswith(":") else ""))
             consonant = ""
@@ -311,7 +311,8 @@ class PhonemeSet:
     def __post_init__(self) -> None:
         if BLANK not in self.symbols or len(set(self.symbols)) != len(self.symbols):
             raise DataError(
-                f"a phoneme set must consist of distinct symbols, including {BLANK}; found {self.symbols}"
+                f"a phoneme set must consist of distinct symbols, including {BLANK}; "
+                f"found {quote(self.symbols)}"
             )
         object.__setattr__(self, "_index", {symbol: i for i, symbol in enumerate(self.symbols)})
 
@@ -354,7 +355,9 @@ class PhonemeSet:
                 labels.append(self.boundary)
             for phone in word:
                 if phone in (BLANK, BOUNDARY) or phone not in self._index:
-                    raise DataError(f"{phone!r} in {' '.join(word)!r} is not a symbol of this model's words")
+                    raise DataError(
+                        f"{quote(phone)} in {quote(' '.join(word))} is not a symbol of this model's words"
+                    )
                 labels.append(self._index[phone])
         return labels
 
@@ -387,5 +390,5 @@ class PhonemeSet:
         """
         symbols = data.get("symbols") if isinstance(data, dict) else None
         if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-            raise DataError(f"expected an object with a list of strings named `symbols`, found {data!r}")
+            raise DataError(f"expected an object with a list of strings named `symbols`, found {quote(data)}")
         return cls(tuple(symbols))

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from jahubert.errors import AudioError, ConfigError, UserError, exit_status, printable
+from jahubert.errors import (
+    MAX_MESSAGE,
+    AudioError,
+    ConfigError,
+    UserError,
+    exit_status,
+    printable,
+    shorten,
+)
 
 STDIN = "-"
 BAR = 20  # length of the progress bar in characters
@@ -197,4 +205,4 @@ def message_of(error: Exception) -> str:
 
 
 def print_error(message: object) -> None:
-    print(f"jahubert: error: {printable(str(message))}", file=sys.stderr)
+    print(f"jahubert: error: {printable(shorten(str(message), MAX_MESSAGE))}", file=sys.stderr)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from jahubert.errors import CheckpointError, ConfigError
+from jahubert.errors import CheckpointError, ConfigError, quote
 from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.fairseq import read_fairseq
 from jahubert.formats.hub import resolve_model
@@ -231,7 +231,7 @@ def _read_bundle(folder: Path) -> RawModel:
     fields = typed_item(path, info, "config", dict, {})
     for name in fields:
         if name not in _CONFIG_FIELDS:
-            raise CheckpointError(f"{path}: unknown field {name!r} in config; copy the bundle again")
+            raise CheckpointError(f"{path}: unknown field {quote(name)} in config; copy the bundle again")
     raw = read_huggingface(folder, {name: config_field(path, name, name, fields[name]) for name in fields})
     raw.info = info
     phonemes = typed_item(path, info, "phonemes", dict)

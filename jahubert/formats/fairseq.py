@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jahubert.errors import CheckpointError
+from jahubert.errors import CheckpointError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.formats.safe_pickle import to_plain
 from jahubert.formats.state_dict import (
@@ -39,7 +39,7 @@ from jahubert.formats.state_dict import (
     select_tensors,
     symbol_set,
 )
-from jahubert.formats.typed_fields import short_repr, typed_item
+from jahubert.formats.typed_fields import typed_item
 from jahubert.frames import SAMPLE_RATE
 from jahubert.limits import CONVS
 from jahubert.model.heads import HubertForCtc, UnitHead
@@ -177,7 +177,7 @@ def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any],
     kind = model.get("_name") or model.get("arch") or "hubert"
     if not isinstance(kind, str) or "hubert" not in kind:
         raise CheckpointError(
-            f"{path}: the fairseq model is of kind {short_repr(kind)}, but only HuBERT is supported"
+            f"{path}: the fairseq model is of kind {quote(kind)}, but only HuBERT is supported"
         )
     pretrained_settings = typed_item(path, model, "w2v_args", dict)
     if pretrained_settings is not None:
@@ -194,7 +194,7 @@ def _config_fields(path: Path, model: dict[str, Any], task: dict[str, Any]) -> d
     fixed["extractor_mode"] = "layer_norm" if conv_norm == "layer" else "default"
     for name, value in fixed.items():
         if model.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name} is {short_repr(model[name])}; only {value!r} is supported")
+            raise CheckpointError(f"{path}: {name} is {quote(model[name])}; only {value!r} is supported")
     fields: dict[str, Any] = {"layer_drop": 0.0, "input_dropout": 0.0, "conv_grad_scale": 1.0}
     for field, name in _FIELDS.items():
         if model.get(name) is not None:
@@ -236,7 +236,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
                 raise ValueError
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise CheckpointError(
-            f"{path}: conv_feature_layers is {short_repr(text)}, which fairseq would run as code. "
+            f"{path}: conv_feature_layers is {quote(text)}, which fairseq would run as code. "
             "Nothing was run; use a list of (channels, kernel, stride) instead, such as "
             "'[(512, 10, 5)] + [(512, 3, 2)] * 4'"
         ) from None

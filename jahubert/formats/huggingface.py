@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jahubert.errors import CheckpointError
+from jahubert.errors import CheckpointError, quote
 from jahubert.formats.safe_pickle import load_tensors
 from jahubert.formats.state_dict import (
     RawModel,
@@ -26,7 +26,7 @@ from jahubert.formats.state_dict import (
     read_tensors,
     symbol_set,
 )
-from jahubert.formats.typed_fields import read_json, read_optional_json, short_repr, typed, typed_item
+from jahubert.formats.typed_fields import read_json, read_optional_json, typed, typed_item
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
@@ -76,7 +76,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
     settings = read_json(folder / CONFIG)
     if settings.get("model_type") != "hubert":
         raise CheckpointError(
-            f"{folder / CONFIG}: model_type is {short_repr(settings.get('model_type'))}, but must be 'hubert'"
+            f"{folder / CONFIG}: model_type is {quote(settings.get('model_type'))}, but must be 'hubert'"
         )
     weights = {_our_name(name): tensor for name, tensor in _read_weights(folder).items()}
     from_shapes = fields_from_shapes(folder, weights, str)
@@ -152,7 +152,9 @@ def _shard_names(index: Path) -> list[str]:
     shards = typed_item(index, read_json(index), "weight_map", dict, {}).values()
     for name in shards:
         if typed(index, "a file in weight_map", name, str) != os.path.basename(name):
-            raise CheckpointError(f"{index}: weight_map must refer to files in this folder, found {name!r}")
+            raise CheckpointError(
+                f"{index}: weight_map must refer to files in this folder, found {quote(name)}"
+            )
     return sorted(set(shards))
 
 
@@ -170,9 +172,7 @@ def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = folder / CONFIG
     for key, value in _FIXED.items():
         if settings.get(key, value) != value:
-            raise CheckpointError(
-                f"{path}: {key} is {short_repr(settings[key])}; only {value!r} is supported"
-            )
+            raise CheckpointError(f"{path}: {key} is {quote(settings[key])}; only {value!r} is supported")
     fields = {
         name: config_field(path, name, key, settings[key]) for name, key in _KEYS.items() if key in settings
     }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jahubert.errors import CheckpointError, JahubertError
+from jahubert.errors import CheckpointError, JahubertError, quote
 from jahubert.limits import DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, VARIABLE, limit
 
 _STORAGES = {
@@ -317,7 +317,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         if builtin or full in _NAMES or module.partition(".")[0] in _FAMILIES:
             return Record
         raise CheckpointError(
-            f"{self.path}: the file refers to {full[:100]!r}, which is not allowed, because opening it with "
+            f"{self.path}: the file refers to {quote(full)}, which is not allowed, because opening it with "
             "torch.load could run malicious code. Nothing was run; ask for the weights as safetensors"
         )
 

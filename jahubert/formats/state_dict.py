@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jahubert.errors import CheckpointError, ConfigError, DataError
+from jahubert.errors import CheckpointError, ConfigError, DataError, quote
 from jahubert.formats.safe_pickle import read_pickled
 from jahubert.formats.typed_fields import typed
 from jahubert.limits import CONVS, LAYERS, VARIABLE, limit
@@ -102,7 +102,7 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
     """
     for symbol in symbols:
         if not typed(where, "a symbol", symbol, str).isprintable():
-            raise CheckpointError(f"{where}: symbol {symbol!r} has unprintable characters")
+            raise CheckpointError(f"{where}: symbol {quote(symbol)} has unprintable characters")
     if len(symbols) < 2:
         raise CheckpointError(f"{where}: a CTC model needs at least two symbols, found {len(symbols)}")
     try:

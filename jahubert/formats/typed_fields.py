@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import CheckpointError
+from jahubert.errors import CheckpointError, quote
 from jahubert.limits import JSON_BYTES, VARIABLE, limit
 
 MAX_INT = 2**31 - 1
@@ -52,7 +51,7 @@ def typed(where: object, name: str, value: Any, kind: type) -> Any:
     if kind is str and matches:
         matches = _is_encodable(value)
     if not matches:
-        raise CheckpointError(f"{where}: {name} is {short_repr(value)}, but must be {_NAMES[kind]}")
+        raise CheckpointError(f"{where}: {name} is {quote(value)}, but must be {_NAMES[kind]}")
     return value
 
 
@@ -87,14 +86,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Read a JSON object like `read_json`, but return an empty dict if the file does not exist."""
     return read_json(path) if path.is_file() else {}
-
-
-def short_repr(value: Any) -> str:
-    """Return the `repr` of a value with limited length and depth."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # the value is an integer with thousands of digits
-        return f"a huge {type(value).__name__}"
 
 
 def _is_int(value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jahubert.errors import CheckpointError, DataError
+from jahubert.errors import CheckpointError, DataError, quote
 
 LOW_CONFIDENCE = 0.5  # below this confidence, a word is more likely wrong than correct
 _FLOOR = -10.0  # lower log-probabilities are clipped to this value
@@ -53,7 +53,8 @@ class Calibration:
         numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
         if len(numbers) != len(names):
             raise CheckpointError(
-                f"a confidence calibration must have the finite numbers {', '.join(names)}; found {data!r}"
+                f"a confidence calibration must have the finite numbers {', '.join(names)}; "
+                f"found {quote(data)}"
             )
         return cls(*numbers)
 

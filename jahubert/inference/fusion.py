@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError, DataError, quote
 from jahubert.lm.arpa import read_arpa
 from jahubert.lm.lexicon import Entry, read_lexicon
 from jahubert.lm.ngram import NGram, concatenate_ranges
@@ -125,9 +125,9 @@ class SymbolFusion(Fusion):
         share = _unigram_share(model, self.word_C)
         if share < 0.5:
             raise DataError(
-                f"the symbols of the CTC head, such as {names[0]!r}, have only {100 * share:.0f} % of the "
-                "unigram probability of the language model; train it on text in these symbols (a word-level "
-                "model needs a lexicon)"
+                f"the symbols of the CTC head, such as {quote(names[0])}, have only {100 * share:.0f} % of "
+                "the unigram probability of the language model; train it on text in these symbols (a "
+                "word-level model needs a lexicon)"
             )
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_path
 from jahubert.formats.gzip_files import open_gzip
 from jahubert.lm.ngram import Entries, NGram, NGramError
@@ -154,7 +154,7 @@ class _Reader:
         try:
             self.words.append(word.decode())
         except UnicodeDecodeError:
-            self._fail(f"{word!r} is not UTF-8")
+            self._fail(f"{quote(word)} is not UTF-8")
         if self.index.setdefault(word, len(self.index)) != len(self.words) - 1:
             self._fail(f"{_shown(word)} is a duplicate")
 
@@ -170,7 +170,7 @@ class _Reader:
 
 def _shown(text: bytes) -> str:
     """Format text from the file for error messages."""
-    return repr(text[:60].decode(errors="replace"))
+    return quote(text.decode(errors="replace"))
 
 
 def write_arpa(model: NGram, path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.formats.text_lines import read_lines
 from jahubert.phonemes import PhonemeSet
@@ -31,7 +31,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
         word, *spelling = line.split()
         if not spelling:
             raise DataError(
-                f"{path}:{number}: {word!r} has no symbols; write them after it, separated by spaces"
+                f"{path}:{number}: {quote(word)} has no symbols; write them after it, separated by spaces"
             )
         try:
             symbols.encode([spelling])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 # Log-probability of an unknown word if the model has no <unk>, as in KenLM.
@@ -94,7 +94,7 @@ class NGram:
             if len(missing := np.flatnonzero(node_N < 0)):
                 row = int(missing[0])
                 context = " ".join(self.words[w] for w in words_Nn[row, : column + 1])
-                raise NGramError(f"the context {context!r} of this n-gram is missing", order, row)
+                raise NGramError(f"the context {quote(context)} of this n-gram is missing", order, row)
         key_N = node_N * len(self.words) + words_Nn[:, order - 1]
         sort_N = np.argsort(key_N, kind="stable")
         key_N = key_N[sort_N]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, quote
 from jahubert.frames import FrameGrid
 
 
@@ -53,7 +53,7 @@ class HubertConfig:
             if parts < 1 or self.width % parts:
                 errors.append(f"width {self.width} is not divisible by {name} {parts}")
         if self.conv_norm not in ("group", "layer"):
-            errors.append(f"conv_norm is {self.conv_norm[:20]!r}, but must be 'group' or 'layer'")
+            errors.append(f"conv_norm is {quote(self.conv_norm)}, but must be 'group' or 'layer'")
         for name in ("layers", "width", "ffn", "pos_conv_kernel", *_CONV_FIELDS):
             value = getattr(self, name)
             if min(value if name in _CONV_FIELDS else [value], default=1) < 1:

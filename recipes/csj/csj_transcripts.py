@@ -17,7 +17,7 @@ from xml.parsers import expat
 from csj_files import TALK_ID, decoded_lines
 from csj_phonemes import LONG, OUTSIDE, PHONES, SILENT, phone_of
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
 from jahubert.train.data.utterances import read_bytes
@@ -149,7 +149,7 @@ def read_trn(path: Path) -> list[Segment]:
         is_header = not ampersand and re.match(r"\d{4,} ", line)
         if is_header or not segments:  # the line starts a segment whose time is unknown
             time = segments[-1].end if segments else 0
-            problem = f"expected a time, such as '0001 00000.113-00006.570 L:'; found {line[:60]!r}"
+            problem = f"expected a time, such as '0001 00000.113-00006.570 L:'; found {quote(line)}"
             word = Word(number, "", "", problem=problem)
             segments.append(Segment(time, time, segments[-1].channel if segments else "L", [word]))
             continue
@@ -171,9 +171,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _check_encoding(word: Word) -> Word:
     if _BAD.search(word.pronunciation) and not word.problem:
-        word.problem = f"not Shift_JIS (CP932): {word.pronunciation!r}"
+        word.problem = f"not Shift_JIS (CP932): {quote(word.pronunciation)}"
     if _BAD.search(word.orthography):
-        word.text_problem = f"not Shift_JIS (CP932): {word.orthography!r}"
+        word.text_problem = f"not Shift_JIS (CP932): {quote(word.orthography)}"
     return word
 
 
@@ -305,7 +305,7 @@ class _XmlReader:
             self._before = label
         else:
             labels = " ".join((*PHONES, LONG, *SILENT))
-            problem = f"unknown PhonemeEntity {label!r}; known labels: {labels}"
+            problem = f"unknown PhonemeEntity {quote(label)}; known labels: {labels}"
             self._unknown(start, end, f"{self.path}:{self._line}: {problem}")
 
     def _unknown(self, start: int, end: int, problem: str) -> None:
@@ -318,5 +318,5 @@ class _XmlReader:
         except (KeyError, ValueError):
             raise DataError(
                 f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds; found "
-                f"{attributes.get(key)!r}"
+                f"{quote(attributes.get(key))}"
             ) from None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError, DataError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.experiment.config import expand_user
@@ -30,7 +30,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.language not in ("japanese", "other"):
-            raise ConfigError(f"language must be japanese or other; found {self.language!r}")
+            raise ConfigError(f"language must be japanese or other; found {quote(self.language)}")
         if self.language == "other" and not self.other_languages:
             raise ConfigError("language=other requires other_languages=FOLDER")
         if self.minutes <= 0:

@@ -22,7 +22,7 @@ import numpy as np
 from parquet_shards import Shard, find_parquet, to_tar
 from tar_index import DAMAGED, TRUNCATED, index_shards
 
-from jahubert.errors import ConfigError, DataError, ReadError
+from jahubert.errors import ConfigError, DataError, ReadError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 from jahubert.train.data.manifest import Rejected, Utterances
@@ -313,7 +313,7 @@ class Captions:
             else:
                 last = b""
                 if line.strip():
-                    detail = f"{self.table.name}:{number}: {line[:60]!r}"
+                    detail = f"{self.table.name}:{number}: {quote(line)}"
                     reason = "row without a shard" if line.endswith(b"\n") else "row without a line end"
                     self.rejected.append(Rejected(f"line {number}", reason, detail))
 

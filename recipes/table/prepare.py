@@ -19,7 +19,7 @@ from pauses import cut_at_pauses
 from table_sources import Row, normalize_split, read_rows, unique_ids
 
 from jahubert.audio import AudioSource, audio_length
-from jahubert.errors import AudioError, ConfigError, DataError
+from jahubert.errors import AudioError, ConfigError, DataError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
 from jahubert.train.data.manifest import Rejected, Utterance
@@ -123,7 +123,7 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
     duplicates = []
     for row in rows:
         if row.id in first:
-            detail = f"{row.where}: id {row.id!r} is already at {first[row.id].where}"
+            detail = f"{row.where}: id {quote(row.id)} is already at {first[row.id].where}"
             duplicates.append(Rejected(row.id, "duplicate id", detail))
         else:
             first[row.id] = row

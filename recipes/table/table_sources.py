@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.audio.search import AUDIO_ENDINGS, find_audio
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.formats.gzip_files import open_gzip
 from jahubert.train.data.manifest import Rejected
@@ -379,7 +379,7 @@ class _KaldiTable:
                 continue
             reason, detail = "malformed line", _encoding_problem(line)
             if not detail and key in self.lines:
-                reason, detail = "duplicate id", f"{key!r} is already at line {self.lines[key][0]}"
+                reason, detail = "duplicate id", f"{quote(key)} is already at line {self.lines[key][0]}"
             if detail:
                 self.broken.add(key)
                 shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -28,7 +28,7 @@ import soxr
 from rendering import add_noise
 
 from jahubert.audio import AudioSource
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError, DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
@@ -201,7 +201,7 @@ def _symbols(phone: str, before: str, following: str) -> str:
         return next((nasal for symbols, nasal in _NASALS if next_symbol and next_symbol in symbols), "ɴ")
     symbol = phone.removesuffix(":")
     if symbol not in VOWELS:
-        raise DataError(f"the neural voices have no symbol for phone {phone!r}")
+        raise DataError(f"the neural voices have no symbol for phone {quote(phone)}")
     if symbol == "u":
         symbol = "ɨ" if before in _FRONTED_U else "ɯ"
     return symbol + "ː" * phone.endswith(":")

@@ -26,7 +26,7 @@ from rendering import Line, engine, render
 
 from jahubert.audio import AudioSource
 from jahubert.audio.search import is_sidecar
-from jahubert.errors import DataError, JahubertError
+from jahubert.errors import DataError, JahubertError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
@@ -283,7 +283,7 @@ def _utterance(
     features = analyze(text)
     words = features_to_words(features)
     if not words:
-        raise DataError(f"no words in the text {text!r}")
+        raise DataError(f"no words in the text {quote(text)}")
     labels = openjtalk().make_label(features)
     voices = tuple(str(voice.path) for voice in speaker.voices)
     hts = engine(voices)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jahubert.errors import CheckpointError, ConfigError, DataError
+from jahubert.errors import CheckpointError, ConfigError, DataError, quote
 from jahubert.formats.atomic import atomic_path
 from jahubert.formats.bundle import load_bundle, weights_hash
 from jahubert.formats.typed_fields import typed
@@ -186,7 +186,7 @@ def _compute(
         frames_SD = next(frames) if n_frames else torch.zeros(0, feature.dim)
         if len(frames_SD) != n_frames:
             raise DataError(
-                f"utterance {manifest[row].id!r}: feature {feature.name} returned {len(frames_SD)} frames "
-                f"for {len(wav_T)} samples, but its grid specifies {n_frames}"
+                f"utterance {quote(manifest[row].id)}: feature {feature.name} returned {len(frames_SD)} "
+                f"frames for {len(wav_T)} samples, but its grid specifies {n_frames}"
             )
         yield row, frames_SD

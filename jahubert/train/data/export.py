@@ -17,7 +17,7 @@ from typing import Any
 
 import soundfile
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
@@ -95,7 +95,9 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
 
 def _kaldi_id(name: str, item: Utterance) -> str:
     if not name or any(char.isspace() for char in name):
-        raise DataError(f"utterance {item.id!r}: Kaldi ids must not contain white space; found {name!r}")
+        raise DataError(
+            f"utterance {quote(item.id)}: Kaldi ids must not contain white space; found {quote(name)}"
+        )
     return name.replace("/", "-")
 
 
@@ -180,7 +182,7 @@ def _check_unique(name: str, names: set[str], item: Utterance) -> None:
     """Add a name to `names`. Raise DataError if it is taken, e.g. because two ids differ only in / and -."""
     if name in names:
         raise DataError(
-            f"utterance {item.id!r}: another utterance is exported as {name} too; rename one of them"
+            f"utterance {quote(item.id)}: another utterance is exported as {name} too; rename one of them"
         )
     names.add(name)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jahubert.audio import AudioSource, audio_length
 from jahubert.audio.search import is_sidecar
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_write, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -70,7 +70,7 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
         name_bytes, tab, count = line.rstrip(b"\r\n").rpartition(b"\t")
         if not (tab and name_bytes and count.isdigit()):
             raise DataError(
-                f"{path}, line {number}: expected path<TAB>samples, found {line[:80]!r}; only line 1 may "
+                f"{path}, line {number}: expected path<TAB>samples, found {quote(line)}; only line 1 may "
                 "be a folder"
             )
         name = os.fsdecode(name_bytes)
@@ -164,17 +164,17 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
             line = next(lines, None)
             if line is None:
                 raise DataError(
-                    f"{km}: line {number} (units of {entry.id!r}) is missing: the file is truncated or "
+                    f"{km}: line {number} (units of {quote(entry.id)}) is missing: the file is truncated or "
                     f"belongs to a different {tsv.name}"
                 )
             if item is None or entry.id != item.id:
                 continue
             if entry.n_samples != item.n_samples:
                 raise DataError(
-                    f"utterance {entry.id!r}: {entry.n_samples} samples in {tsv.name}, but the audio has "
-                    f"{item.n_samples} at 16 kHz: the units were computed from different audio"
+                    f"utterance {quote(entry.id)}: {entry.n_samples} samples in {tsv.name}, but the audio "
+                    f"has {item.n_samples} at 16 kHz: the units were computed from different audio"
                 )
-            where = f"utterance {entry.id!r} ({km.name}, line {number})"
+            where = f"utterance {quote(entry.id)} ({km.name}, line {number})"
             unit_N = _parse_units(line, n_units, where)
             grids = [grid for grid in grids if grid.n_frames(entry.n_samples) == len(unit_N)]
             yield unit_N[:: _units_per_frame(grids, len(unit_N), entry.n_samples, where)]
@@ -184,8 +184,8 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
             raise DataError(f"{km} has more lines than {tsv.name} has utterances: the files do not match")
     if item is not None:
         raise DataError(
-            f"utterance {item.id!r} of the manifest is missing from the .tsv files in {folder}, or the order "
-            "of the utterances differs"
+            f"utterance {quote(item.id)} of the manifest is missing from the .tsv files in {folder}, or the "
+            "order of the utterances differs"
         )
 
 
@@ -193,7 +193,7 @@ def _parse_units(line: bytes, n_units: int, where: str) -> np.ndarray:
     try:
         unit_N = np.array([int(word) for word in line.split()], np.int64)
     except ValueError as error:
-        raise DataError(f"{where}: expected integers separated by spaces, found {line[:60]!r}") from error
+        raise DataError(f"{where}: expected integers separated by spaces, found {quote(line)}") from error
     if len(unit_N) and not 0 <= unit_N.min() <= unit_N.max() < n_units:
         raise DataError(
             f"{where}: units range from {unit_N.min()} to {unit_N.max()}, but {DICT} has units 0 to "
@@ -279,7 +279,7 @@ def _tsv_name(item: Utterance, root: str) -> str:
     elif "\t" in audio.path or "\n" in audio.path:
         problem = "has a tab or a line feed in its name; rename it"
     if problem:
-        raise DataError(f"fairseq's .tsv cannot represent utterance {item.id!r} ({audio}): it {problem}")
+        raise DataError(f"fairseq's .tsv cannot represent utterance {quote(item.id)} ({audio}): it {problem}")
     below = audio.path.startswith(root.rstrip(os.sep) + os.sep)
     name = os.path.relpath(audio.path, root) if below else audio.path
     return f"{name}:{audio.offset}:{audio.length}" if audio.length >= 0 else name

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from jahubert.errors import DataError, StaleError
+from jahubert.errors import DataError, StaleError, quote
 from jahubert.formats.atomic import atomic_write, remove_folder, remove_leftovers
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.train.data.manifest import Manifest
@@ -223,7 +223,7 @@ class LabelStore:
             row = int(wrong[0])
             raise DataError(
                 f"{self.folder}: the numbers of units and frames differ in {len(wrong)} of {len(self)} "
-                f"utterances, for example {manifest[row].id!r} (row {row}): {len(self[row])} units, "
+                f"utterances, for example {quote(manifest[row].id)} (row {row}): {len(self[row])} units, "
                 f"{expected[row]} frames; rerun stage=label"
             )
 
@@ -241,7 +241,9 @@ def _crc32(content: bytes) -> bytes:
 
 def _check_header(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = [
-        f"{key} was {old!r}, now {after.get(key)!r}" for key, old in before.items() if old != after.get(key)
+        f"{key} was {quote(old)}, now {quote(after.get(key))}"
+        for key, old in before.items()
+        if old != after.get(key)
     ]
     if changed:
         raise StaleError(

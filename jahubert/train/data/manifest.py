@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import torch
 
 from jahubert.audio import AudioSource
-from jahubert.errors import AudioError, DataError
+from jahubert.errors import AudioError, DataError, quote
 from jahubert.formats.atomic import atomic_path, atomic_write, temporary_file
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.utterances import (
@@ -174,7 +174,8 @@ class _ManifestBuilder:
             self.sha.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"utterance {item.id!r} ({item.audio}): the name or text is not valid Unicode; correct it"
+                f"utterance {quote(item.id)} ({item.audio}): the name or text is not valid Unicode; "
+                "correct it"
             ) from error
         self.id_hashes.append(_id_hash(item.id))
         self._count(item.split, 1, item.n_samples, bool(item.words))
@@ -238,7 +239,8 @@ class _ManifestBuilder:
             item = rows[int(i)]
             if item.id in first:
                 raise DataError(
-                    f"duplicate utterance id {item.id!r}: {first[item.id].location} and {item.location}. "
+                    f"duplicate utterance id {quote(item.id)}: {first[item.id].location} and "
+                    f"{item.location}. "
                     "Make ids unique, for example by including the folder or the speaker"
                 )
             first[item.id] = item
@@ -292,7 +294,7 @@ def _check(item: Utterance) -> None:
                 break
             end = phone.end
     if problem:
-        raise DataError(f"utterance {item.id!r} ({item.audio}) {problem}")
+        raise DataError(f"utterance {quote(item.id)} ({item.audio}) {problem}")
 
 
 def _id_hash(id: str) -> int:
@@ -433,7 +435,7 @@ class Manifest:
             keep &= np.asarray(pc.greater(pc.list_value_length(self._rows.column("words")), 0)) == has_words
         if split is not None and split not in self.counts["splits"]:
             splits = ", ".join(self.counts["splits"])
-            raise DataError(f"{self.path} has no split {split!r}; its splits are: {splits}")
+            raise DataError(f"{self.path} has no split {quote(split)}; its splits are: {splits}")
         return np.flatnonzero(keep)
 
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:
@@ -454,7 +456,7 @@ class Manifest:
                 return load_utterance(item, start, n_samples)
             except (AudioError, OSError) as error:
                 if delay is None or not _is_transient(error):
-                    message = f"utterance {item.id!r}: {str(error).rstrip('.')}. {_MISSING_AUDIO_HINT}"
+                    message = f"utterance {quote(item.id)}: {str(error).rstrip('.')}. {_MISSING_AUDIO_HINT}"
                     raise AudioError(message) from error
                 log.warning("%s: %s; retrying in %g s", item.audio, error, delay)
                 time.sleep(delay)

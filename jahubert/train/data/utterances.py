@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jahubert.audio import AudioSource, load_audio
-from jahubert.errors import DISK_FULL, AudioError, DataError, ReadError
+from jahubert.errors import DISK_FULL, AudioError, DataError, ReadError, shorten
 from jahubert.formats.gzip_files import open_gzip
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ T = TypeVar("T")
 UNUSABLE_AUDIO = "unusable audio"  # reason for rejecting recordings that cannot be decoded
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
 _BLOCK = 1 << 20  # bytes
+_MAX_DETAIL = 2_000  # maximum length of the details about a rejected item in characters
 # Errors caused by the path or by writing, for which retrying does not help.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *DISK_FULL)
 
@@ -110,6 +111,9 @@ class Rejected:
     reason: str  # one of a few fixed phrases, because rejected items are counted per reason
     detail: str = ""  # details about this item
     missing: str = ""  # path of a missing file; once the file exists, stage=prepare explains how to add it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", shorten(self.detail, _MAX_DETAIL))
 
 
 def too_many(n_rejected: int, n_total: int, max_share: float) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 
@@ -141,11 +141,11 @@ def label_difference(first: LabelStore, second: LabelStore, manifest: Manifest) 
     share = n_different / len(first.unit_N)
     summary = (
         f"{first.folder} and {second.folder} differ in {share:.2%} of all frames ({n_different}) and in "
-        f"{len(rows)} of {len(manifest)} utterances, first in {manifest[int(rows[0])].id!r}"
+        f"{len(rows)} of {len(manifest)} utterances, first in {quote(manifest[int(rows[0])].id)}"
     )
     headers = asdict(first.header), asdict(second.header)
     different_fields = [
-        f"{key} {headers[0][key]!r} and {headers[1][key]!r}"
+        f"{key} {quote(headers[0][key])} and {quote(headers[1][key])}"
         for key in headers[0]
         if headers[0][key] != headers[1][key]
     ]

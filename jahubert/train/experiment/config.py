@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, quote
 
 T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
@@ -142,7 +142,7 @@ def expand_user(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(
-            f"{path}: user {Path(path).parts[0].removeprefix('~')!r} does not exist on this machine"
+            f"{path}: user {quote(Path(path).parts[0].removeprefix('~'))} does not exist on this machine"
         ) from None
 
 
@@ -166,7 +166,7 @@ def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None
     """Build `cls`. Missing values are taken from `base` if it is given, otherwise from the field defaults."""
     tree = {} if is_null(tree) and where else tree
     if not isinstance(tree, Mapping):
-        errors.append(f"{where or 'configuration'}: expected a group of settings, found {tree!r}")
+        errors.append(f"{where or 'configuration'}: expected a group of settings, found {quote(tree)}")
         return None
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
@@ -222,7 +222,7 @@ def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = 
             return choices[str(value)]
         near = difflib.get_close_matches(str(value), list(choices), n=1)
         hint_text = f"; did you mean {near[0]}?" if near else ""
-        errors.append(f"{where}: must be one of {', '.join(choices)}, found {value!r}{hint_text}")
+        errors.append(f"{where}: must be one of {', '.join(choices)}, found {quote(value)}{hint_text}")
         return None
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_value(item, args[0], f"{where}[{i}]", errors) for i, item in enumerate(value))
@@ -255,7 +255,7 @@ def _type_error(value: Any, hint: Any) -> str:
         advice = f"; write [{value}]"
     elif isinstance(value, str) and "," in value:
         advice = "; use --multirun for several values"
-    return f"expected {expected}, found {value!r}{advice}"
+    return f"expected {expected}, found {quote(value)}{advice}"
 
 
 def _scalar(value: Any, hint: Any) -> Any:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import jahubert
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, quote
 from jahubert.train.experiment.config import expand_user, unknown_name_error
 
 FEATURES = {
@@ -124,7 +124,7 @@ def _attribute(module: ModuleType, name: str, what: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError:
-        raise ConfigError(f"{what} has no {name!r}") from None
+        raise ConfigError(f"{what} has no {quote(name)}") from None
 
 
 def _import(name: str, what: str) -> ModuleType:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import ConfigError, MissingExtraError
+from jahubert.errors import ConfigError, MissingExtraError, quote
 from jahubert.train.experiment.config import (
     expand_user,
     is_null,
@@ -196,7 +196,7 @@ def _block(preset: Any, group: str, name: Any) -> Any:
     if is_null(settings):
         return {}
     if not OmegaConf.is_dict(settings):
-        raise ConfigError(f"{group}.{name}: expected a group of settings, found {settings!r}")
+        raise ConfigError(f"{group}.{name}: expected a group of settings, found {quote(settings)}")
     return settings
 
 
@@ -302,5 +302,5 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
     errors = [unknown_key_error(str(key), known, "") for key in tree if key not in known]
     for group in ("systems", "by_iteration"):
         if not is_null(tree.get(group)) and not isinstance(tree[group], Mapping):
-            errors.append(f"{group}: expected a group of settings, found {tree[group]!r}")
+            errors.append(f"{group}: expected a group of settings, found {quote(tree[group])}")
     raise_config_errors(errors)

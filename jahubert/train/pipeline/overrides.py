@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, quote
 
 _KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # a dotted name; keys inside a mapping may be numbers
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
@@ -66,9 +66,9 @@ def parse_override(argument: str) -> Override:
     delete = name.startswith("~")
     key = name[1:] if delete else name.removeprefix("+").removeprefix("+")
     if not equals and not delete:
-        raise ConfigError(f"{argument!r}: not a setting; write key=value")
+        raise ConfigError(f"{quote(argument)}: not a setting; write key=value")
     if not _KEY.fullmatch(key):
-        raise ConfigError(f"{argument}: {key!r} is not a valid setting name")
+        raise ConfigError(f"{argument}: {quote(key)} is not a valid setting name")
     return Override(key, None if delete else parse_value(text, argument), delete)
 
 
@@ -111,10 +111,10 @@ def parse_value(text: str, argument: str, depth: int = 0) -> Any:
     for item in items:
         name, *rest = split_top_level(item, ":")
         if not rest:
-            raise ConfigError(f"{argument}: {item!r} is not of the form key: value")
+            raise ConfigError(f"{argument}: {quote(item)} is not of the form key: value")
         key = parse_value(name.strip(), argument, depth + 1)
         if not isinstance(key, str):
-            raise ConfigError(f"{argument}: key {name.strip()!r} is not a string")
+            raise ConfigError(f"{argument}: key {quote(name.strip())} is not a string")
         mapping[key] = parse_value(":".join(rest).strip(), argument, depth + 1)
     return mapping
 

@@ -8,7 +8,15 @@ import re
 import sys
 import traceback
 
-from jahubert.errors import JahubertError, MissingExtraError, Stopped, exit_status, printable
+from jahubert.errors import (
+    MAX_MESSAGE,
+    JahubertError,
+    MissingExtraError,
+    Stopped,
+    exit_status,
+    printable,
+    shorten,
+)
 from jahubert.train.pipeline.signals import received_signal
 
 INTERRUPTED = 130  # exit status after SIGINT
@@ -41,7 +49,7 @@ def report_error(error: BaseException) -> int:
     if not message:
         traceback.print_exception(error)
     elif not (reported or ((signal_name or isinstance(error, Stopped)) and not is_rank0())):
-        print(f"jahubert: {printable(message)}", file=sys.stderr)
+        print(f"jahubert: {printable(shorten(message, MAX_MESSAGE))}", file=sys.stderr)
     return status
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
 from jahubert.train.clustering.features import HubertLayer
@@ -117,13 +117,16 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     # Centroid files are untrusted, so they must not determine which code is imported.
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
         raise DataError(
-            f"{config.centroids}: centroids were fitted to the custom feature {fitted['feature']!r}, but "
-            f"features.kind is {config.feature!r}; if you trust its code, set features.kind to this feature"
+            f"{config.centroids}: centroids were fitted to the custom feature {quote(fitted['feature'])}, "
+            f"but features.kind is {quote(config.feature)}; if you trust its code, set features.kind to this "
+            "feature"
         )
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     actual = feature_header(feature, fitted["feature"], fitted["layer"])
     mismatches = [
-        f"{key} is {actual[key]!r}, expected {fitted[key]!r}" for key in fitted if actual[key] != fitted[key]
+        f"{key} is {quote(actual[key])}, expected {quote(fitted[key])}"
+        for key in fitted
+        if actual[key] != fitted[key]
     ]
     if mismatches:
         raise DataError(

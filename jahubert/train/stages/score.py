@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import DataError
+from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.inference.confidence import Calibration, fit_calibration
 from jahubert.phonemes import PhonemeSet
@@ -174,7 +174,7 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     if different:
         raise DataError(
             f"{path}: the references of {len(different)} of {len(paired)} utterances differ from those of "
-            f"the baseline, for example {different[0]!r}; use the same targets for both systems"
+            f"the baseline, for example {quote(different[0])}; use the same targets for both systems"
         )
     baseline = SetScore(paired, set_score.measures)
     result = {}

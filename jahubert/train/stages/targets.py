@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError, DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import HUBERT
 from jahubert.phonemes import PhonemeSet, phones_to_kana
@@ -118,7 +118,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
         vocabulary = set(symbols.symbols)
         plain = recognized_characters(utterance.text, config.punctuation)
         if not plain:
-            raise DataError(f"text without letters: {utterance.text!r}")
+            raise DataError(f"text without letters: {quote(utterance.text)}")
         row = symbols.encode([[char if char in vocabulary else UNKNOWN for char in plain]])
     else:
         words = utterance.words or _text_to_phones(utterance.text, config.user_dictionary)

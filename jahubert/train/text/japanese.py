@@ -30,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jahubert.errors import DataError, MissingExtraError
+from jahubert.errors import DataError, MissingExtraError, quote
 from jahubert.phonemes import kana_to_phones
 from jahubert.train.text.normalization import normalize_text
 from jahubert.train.text.user_dictionary import dictionary
@@ -90,7 +90,9 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
         if not _KANA.search(feature["pron"]):
             letters = [c for c in feature["string"] if unicodedata.category(c)[0] in "LN"]
             if letters:
-                raise DataError(f"no reading for {''.join(letters)!r} in the text {text!r}; spell it in kana")
+                raise DataError(
+                    f"no reading for {quote(''.join(letters))} in the text {quote(text)}; spell it in kana"
+                )
         _fix_reading(feature, following)
     return features
 
@@ -159,7 +161,7 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
     """
     result = features_to_words(analyze(text, words))
     if not result:
-        raise DataError(f"no words in the text {text!r}")
+        raise DataError(f"no words in the text {quote(text)}")
     return result
 
 

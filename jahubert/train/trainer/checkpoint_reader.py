@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from jahubert.errors import quote
+
 _CHECKPOINT = "torch.distributed.checkpoint"
 _CLASSES = {
     f"{_CHECKPOINT}.metadata": (
@@ -41,7 +43,7 @@ class CheckpointReader(FileSystemReader):
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         for info in metadata.storage_data.values():
             if os.path.basename(info.relative_path) != info.relative_path:
-                raise pickle.UnpicklingError(f"path outside of the checkpoint: {info.relative_path!r}")
+                raise pickle.UnpicklingError(f"path outside of the checkpoint: {quote(info.relative_path)}")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
