@@ -184,7 +184,8 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
     """Group the voices in a folder and the voice of pyopenjtalk-plus into sets of mixable voices.
 
     Raises:
-        DataError: the folder has no voices, or two voices have the same file name.
+        DataError: the folder is missing or has no voices, a file is not an HTS voice, or two voices have the
+            same file name.
     """
     if folder and not is_folder(folder):
         raise DataError(f"{folder}: folder not found; set data= to a folder with HTS voices (*.htsvoice)")

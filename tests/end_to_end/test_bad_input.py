@@ -28,7 +28,7 @@ ROUGH = FIXTURES / "rough"
 
 @pytest.fixture(autouse=True)
 def warnings(caplog):
-    """Capture warnings, regardless of the log handlers that an earlier test has set."""
+    """Capture warnings, regardless of the log level that an earlier test has set."""
     caplog.set_level(logging.WARNING)
     return caplog
 

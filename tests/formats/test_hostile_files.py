@@ -134,7 +134,7 @@ def test_missing_values_are_rejected(tmp_path):
 
 
 def test_damage_to_any_file_of_a_bundle_is_detected(signed):
-    """Flipped bits, zeroed blocks and truncation of every file except the model card are detected."""
+    """Flipped bits, zeros and truncation in every file except the model card are detected."""
     generator = torch.Generator().manual_seed(0)
     for path in sorted(signed.iterdir()):
         if path.name == "README.md":

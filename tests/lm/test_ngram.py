@@ -151,7 +151,7 @@ def test_damage_to_a_compressed_file_is_detected(tmp_path, damage):
     path, rng = tmp_path / "lm.arpa.gz", np.random.default_rng(0)
     write_arpa(train_ngram(random_text(0, 40), 3), path)
     content = path.read_bytes()
-    for position in rng.integers(10, len(content), 40).tolist():  # the header contains only the time
+    for position in rng.integers(10, len(content), 40).tolist():  # damage in the header may be harmless
         damaged = bytearray(content)
         if damage == "cut":
             del damaged[position:]

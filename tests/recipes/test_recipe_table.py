@@ -286,7 +286,7 @@ def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
     for reason, line in {
         "duplicate id": 3,
         "audio file not found": 4,
-        "end not after start": 5,
+        "negative start, or end not after start": 5,
         "invalid time": 6,
         "time after the end of the audio": 7,
         "no audio path": 8,

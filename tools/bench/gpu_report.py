@@ -36,7 +36,7 @@ class Report:
         limit: float | None = None,
         **details: float | str,
     ) -> None:
-        """Add a row. A value of None marks a failed peer or measurement, with the reason in `details`.
+        """Add a row. A value of None marks a missing measurement, with the reason in `details`.
 
         Args:
             goal: the lowest value that reaches the project's goal.

@@ -325,7 +325,7 @@ def test_feature_with_wrong_frame_count_is_rejected(corpus):
 
 
 def test_layer_quality_distinguishes_phones_from_noise(corpus, monkeypatch):
-    """Features that encode the phone have a PNMI of 1, and random features have almost 0."""
+    """Features that encode the phone have a PNMI of 1, and random features have a low PNMI."""
     manifest = Manifest(corpus / "manifest.arrow")
     times = {
         row: tuple(

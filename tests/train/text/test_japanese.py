@@ -178,7 +178,7 @@ def letters(text: str) -> str:
 
 
 def test_sentences_use_the_40_phones_and_lose_no_letter():
-    """Every sentence has words, every word has phones, and no character is dropped."""
+    """Every sentence has words, every word has phones, and no Japanese letter is dropped."""
     assert len(SENTENCES) > 350
     used, compared = set(), 0
     for sentence in SENTENCES:
