@@ -35,7 +35,7 @@ class TrainConfig:
     schedule: Literal["linear", "tri_stage"] = "linear"
     warmup: float = 0.08  # length of the warm-up, as a fraction of max_steps
     hold: float = 0.4  # tri_stage: length of the phase at the full learning rate, as a fraction of max_steps
-    final_lr: float = 0.0  # learning rate at the last step, as a fraction of lr
+    final_lr: float = 0.0  # learning rate at the end of the decay, as a fraction of lr
     betas: tuple[float, ...] = (0.9, 0.98)  # AdamW betas
     eps: float = 1e-6  # AdamW epsilon
     weight_decay: float = 0.01  # AdamW weight decay
