@@ -81,6 +81,8 @@ def copy(whole, tmp_path) -> Path:
         (["kmeans.n_clusters=many"], "kmeans.n_clusters: expected int, found 'many'"),
         (["kmeans.n_clusters=1.5"], "kmeans.n_clusters: expected int, found '1.5'"),
         (["kmeans.n_clusters=100,200"], "--multirun"),
+        (["kmeans.n_clusters=70000", "kmeans.lloyd_frames=100000"], "kmeans.n_clusters"),
+        (["decode.tune_lm_weights=[0.5]"], "decode.tune_lm_weights"),
         (["kmeans.n_clusters"], "not a setting; write key=value"),
         (["kmeans={n_clusters: 3"], "without closing }"),
         (["stage=kmean"], "stage=kmean: no such stage; did you mean kmeans?"),

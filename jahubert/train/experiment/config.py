@@ -307,8 +307,9 @@ def untyped(value: Any) -> Any:
 def result_fields(config: Any) -> dict[str, Any]:
     """Return the settings that change the result, flattened: `{"train.lr": 5e-4, ...}`."""
     flat: dict[str, Any] = {}
-    for name, value, metadata in _leaves(config):
-        if metadata.get("runtime"):
+    omitted = runtime_fields(config)
+    for name, value, _ in _leaves(config):
+        if name in omitted:
             continue
         if isinstance(value, Mapping):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
@@ -318,8 +319,17 @@ def result_fields(config: Any) -> dict[str, Any]:
 
 
 def runtime_fields(config: Any) -> set[str]:
-    """Return the names of the settings that do not change the result, which `result_fields` omits."""
-    return {name for name, _, metadata in _leaves(config) if metadata.get("runtime")}
+    """Return the names of the settings that do not change the result, which `result_fields` omits.
+
+    These are the fields declared by `runtime_field`, and the fields and groups that the method
+    `unused_settings` of the config names, if it has one.
+    """
+    unused = config.unused_settings() if hasattr(config, "unused_settings") else ()
+    return {
+        name
+        for name, _, metadata in _leaves(config)
+        if metadata.get("runtime") or name.partition(".")[0] in unused
+    }
 
 
 def default_fields(config: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
     if settings:
         mistakes.insert(0, str(settings_error(list(settings))))
     if not mistakes:
-        mistakes += _unused_pretrained(overrides, tree, jobs)
+        mistakes += _unused_pretrained(overrides, tree, jobs) + _unused_model(overrides, tree, jobs)
     if check_inputs:
         from jahubert.train.pipeline import preflight
 
@@ -78,6 +78,18 @@ def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Seq
     return [
         f"pretrained={model} has no effect: the recipe, one of its systems or the command line "
         f"sets finetune.pretrained={', '.join(sorted({str(other) for other in used}))}"
+    ]
+
+
+def _unused_model(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """Return an error message if the sizes of a model are given but all systems are already pretrained."""
+    typed = [o.key for o in parse_overrides(overrides) if o.key.partition(".")[0] == "model"]
+    pretrained = [job.config.pretrained for job in jobs if job.stage == "finetune"]
+    if not typed or tree["iterations"] or not pretrained or None in pretrained:
+        return []
+    return [
+        f"{', '.join(typed)} has no effect: without pretraining (iterations=0), each system has the sizes of "
+        "its pretrained model"
     ]
 
 

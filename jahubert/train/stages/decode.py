@@ -92,6 +92,9 @@ class Config:
         for name in ("word_bonus", "tune_splits"):
             if not fused and getattr(self, name):
                 errors.append(f"{name} has no effect without lm or lexicon; set one or remove {name}")
+        for name in ("tune_lm_weights", "tune_word_bonuses"):
+            if not self.tune_splits and getattr(self, name) != getattr(Config, name):
+                errors.append(f"{name} has no effect without tune_splits; set tune_splits or remove {name}")
         if self.tune_splits and not (self.tune_lm_weights and self.tune_word_bonuses):
             errors.append(
                 "tune_splits needs at least one value each in tune_lm_weights and tune_word_bonuses"

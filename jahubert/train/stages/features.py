@@ -73,6 +73,10 @@ class Config:
             )
         )
 
+    def unused_settings(self) -> tuple[str, ...]:
+        """Return the settings that have no effect: MFCCs have neither a model nor layers."""
+        return ("model", "layer") if self.kind == "mfcc" else ()
+
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)

@@ -112,6 +112,10 @@ class Config:
             )
         raise_config_errors(errors)
 
+    def unused_settings(self) -> tuple[str, ...]:
+        """Return the settings that have no effect: a pretrained model has its own sizes."""
+        return () if self.pretrained is None else ("model",)
+
 
 class FineTuner(nn.Module):
     """Trainable module that consists of an encoder and a CTC head, with freezing, loss and metrics."""
@@ -164,16 +168,6 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         head_only_steps=config.head_only_steps,
         seed=config.seed,
     )
-    longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
-    if config.augment.speed_prob:
-        longest /= min(1.0, config.augment.speed[0])
-    train_config = with_micro_seconds(config.train, module.ctc.config, longest)
-    sizes: dict[str, Any] = {
-        "width": module.ctc.config.width,
-        "sizes": train_config.batch_sizes,
-        "seed": config.seed,
-    }
-    data = CtcData(manifest, targets, rows, mask=config.mask, augment=config.augment, **sizes)
     dev_rows = np.intersect1d(
         np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labeled_rows
     )
@@ -182,6 +176,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
             "targets are required to select the best step; choose other splits"
         )
+    slowest = min(1.0, config.augment.speed[0]) if config.augment.speed_prob else 1.0
+    longest = max(manifest.n_samples[rows].max() / slowest, manifest.n_samples[dev_rows].max()) / SAMPLE_RATE
+    train_config = with_micro_seconds(config.train, module.ctc.config, float(longest))
+    sizes: dict[str, Any] = {
+        "width": module.ctc.config.width,
+        "sizes": train_config.batch_sizes,
+        "seed": config.seed,
+    }
+    data = CtcData(manifest, targets, rows, mask=config.mask, augment=config.augment, **sizes)
     dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
 
     def validate() -> dict[str, float]:

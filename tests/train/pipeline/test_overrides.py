@@ -11,6 +11,7 @@ from fixtures import FIXTURES
 
 from jahubert import run
 from jahubert.errors import ConfigError
+from jahubert.train.experiment.config import result_fields
 from jahubert.train.pipeline import multirun
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.inspection import settings_yaml
@@ -183,6 +184,26 @@ def test_pretrained_without_effect_is_rejected():
     for settings in (["system=scratch"], ["finetune.pretrained=other/model"]):
         with pytest.raises(ConfigError, match="pretrained=owner/model has no effect"):
             configure_jobs(["recipe=demo", "stage=finetune", "pretrained=owner/model", *settings])
+
+
+def test_sizes_of_a_pretrained_model_cannot_be_set():
+    command = ["recipe=demo", "stage=finetune", "pretrained=owner/model"]
+    for setting in ("model=large", "model.width=96"):
+        with pytest.raises(ConfigError, match=r"model.* has no effect"):
+            configure_jobs([*command, "system=pretrained", setting])
+    configure_jobs([*command, "model=large"])  # the system `scratch` has these sizes
+    jobs = [
+        configure_jobs(["recipe=demo", "stage=finetune", "system=pretrained", size])[0]
+        for size in ("model=base", "model=large")
+    ]
+    # Pretraining uses these sizes. Fine-tuning has those of the pretrained model.
+    assert result_fields(jobs[0].config) == result_fields(jobs[1].config)
+
+
+def test_layer_of_mfccs_is_not_a_setting_of_the_result():
+    layers = [["features.layer=4"], []]
+    jobs = [configure_jobs(["recipe=demo", "stage=features", "iteration=1", *layer]) for layer in layers]
+    assert result_fields(jobs[0][0].config) == result_fields(jobs[1][0].config)
 
 
 def test_without_iterations_a_model_to_fine_tune_is_required():
