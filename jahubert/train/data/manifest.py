@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 import zlib
 from array import array
 from bisect import bisect_right
@@ -30,12 +29,12 @@ from jahubert.errors import AudioError, DataError, quote
 from jahubert.formats.atomic import atomic_path, atomic_write, temporary_file
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.utterances import (
-    RETRY_DELAYS,
     Phone,
     Rejected,
     Utterance,
     Utterances,
     load_utterance,
+    read_reliably,
 )
 from jahubert.train.experiment.provenance import verify_files
 
@@ -448,22 +447,12 @@ class Manifest:
             n_samples: number of samples; None selects all samples to the end of the utterance.
 
         Raises:
-            AudioError: the audio is unreadable, or shorter than specified in the manifest.
+            AudioError: the audio is missing, unusable, or shorter than specified in the manifest.
+            ReadError: the file system still fails after several attempts.
         """
         item = self[i]
-        for delay in (*RETRY_DELAYS, None):
-            try:
-                return load_utterance(item, start, n_samples)
-            except (AudioError, OSError) as error:
-                if delay is None or not _is_transient(error):
-                    message = f"utterance {quote(item.id)}: {str(error).rstrip('.')}. {_MISSING_AUDIO_HINT}"
-                    raise AudioError(message) from error
-                log.warning("%s: %s; retrying in %g s", item.audio, error, delay)
-                time.sleep(delay)
-        raise AssertionError("the last delay is None")
-
-
-def _is_transient(error: Exception) -> bool:
-    """Return whether retrying may help: the error is a file system error other than a missing file."""
-    cause = error if isinstance(error, OSError) else error.__cause__
-    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        try:
+            return read_reliably(lambda: load_utterance(item, start, n_samples), item.audio)
+        except (AudioError, OSError) as error:
+            message = f"utterance {quote(item.id)}: {str(error).rstrip('.')}. {_MISSING_AUDIO_HINT}"
+            raise AudioError(message) from error

@@ -13,8 +13,9 @@ import soundfile
 
 from jahubert.audio import AudioSource
 from jahubert.audio import sources as audio
-from jahubert.errors import AudioError, DataError
+from jahubert.errors import AudioError, DataError, ReadError
 from jahubert.train.data import manifest as module
+from jahubert.train.data import utterances
 from jahubert.train.data.manifest import Manifest, Phone, Rejected, Utterance, Utterances, write_manifest
 
 
@@ -242,12 +243,12 @@ def test_transient_read_errors_are_retried(tmp_path, monkeypatch, caplog):
             raise OSError(errno.ESTALE, "Stale file handle")
         return open(*args, **kwargs)
 
-    monkeypatch.setattr(module.time, "sleep", delays.append)
+    monkeypatch.setattr(utterances.time, "sleep", delays.append)
     monkeypatch.setattr(audio, "open", flaky_open, raising=False)
     assert len(manifest.load(0)) == 400 and delays == [1.0, 5.0]
     assert "a.wav" in caplog.messages[0] and "Stale file handle" in caplog.messages[0]
     failures[0] = 99
-    with pytest.raises(AudioError, match=r"a.wav.*Stale file handle"):
+    with pytest.raises(ReadError, match=r"a.wav.*Stale file handle"):
         manifest.load(0)
     assert delays == [1.0, 5.0, 1.0, 5.0, 20.0]
     failures[0] = 0
