@@ -24,6 +24,8 @@ from jahubert.formats.atomic import atomic_write, remove_folder, remove_leftover
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.train.data.manifest import Manifest
 
+MAX_UNITS = 1 << 16  # units are stored in at most 16 bits
+
 
 @dataclass(frozen=True)
 class LabelHeader:
@@ -39,6 +41,10 @@ class LabelHeader:
     hop: int = HUBERT.hop  # samples
     window: int = HUBERT.window  # samples
     format: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n_units > MAX_UNITS:
+            raise DataError(f"{self.n_units} units, but a label store holds at most {MAX_UNITS} (16 bits)")
 
     @property
     def dtype(self) -> np.dtype:

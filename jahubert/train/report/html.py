@@ -26,6 +26,7 @@ from jahubert.train.report.markup import (
 )
 from jahubert.train.report.tables import splits_of
 from jahubert.train.report.units import LAYER_UNITS, UnitCounts
+from jahubert.train.trainer.metric_log import read_metrics
 
 STYLE = Path(__file__).with_name("html.css")
 _MAX_SPEAKERS = 30
@@ -421,8 +422,7 @@ def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
     stages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for experiment, exp in experiments.items():
         for path in sorted(exp.glob("**/metrics.jsonl")):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            stages.setdefault(str(path.parent.relative_to(exp)), {})[experiment] = rows
+            stages.setdefault(str(path.parent.relative_to(exp)), {})[experiment] = read_metrics(path)
     parts = []
     for stage, runs in stages.items():
         plots = [

@@ -21,6 +21,7 @@ from jahubert.train.clustering.frames import FrameFile, Subset, draw_rows
 from jahubert.train.clustering.kmeans import fit_kmeans, inertia
 from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.clustering.streaming import save_centroids
+from jahubert.train.data.labels import MAX_UNITS
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.unit_checks import OnBadUnits, check_units
 from jahubert.train.experiment import distributed
@@ -50,6 +51,8 @@ class Config:
     def __post_init__(self) -> None:
         counts = {"at least 2": ("n_clusters",), "at least 1": ("n_init", "max_iter")}
         wrong = range_errors(self, counts | {"in [0, 1)": ("held_out",)})
+        if self.n_clusters > MAX_UNITS:
+            wrong.append(f"n_clusters is {self.n_clusters}, but must be at most {MAX_UNITS} (16-bit labels)")
         if self.lloyd_frames < self.n_clusters:
             wrong.append(
                 f"lloyd_frames is {self.lloyd_frames}, but must be at least n_clusters, {self.n_clusters}"

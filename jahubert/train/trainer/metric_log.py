@@ -199,17 +199,21 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file up to the incomplete line that a running or killed process may have left."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def trim_metrics(path: Path, step: int) -> None:
     """Remove an incomplete last line and all lines after `step` from the metrics file of a killed run."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the run was killed while it wrote this line
-            break
+    rows = read_metrics(path)
     with atomic_write(path) as file:
-        file.writelines(line + "\n" for line in kept)
+        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)

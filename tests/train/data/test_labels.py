@@ -185,6 +185,12 @@ def test_header_mismatch_names_the_field(tmp_path, finished, field, value):
         LabelWriter(tmp_path, replace(HEADER, **{field: value}), N_FRAMES)
 
 
+def test_units_that_do_not_fit_in_16_bits_are_rejected():
+    assert replace(HEADER, n_units=65_536).dtype == np.uint16
+    with pytest.raises(DataError, match="65537"):
+        replace(HEADER, n_units=65_537)
+
+
 def test_invalid_units_are_rejected(tmp_path):
     writer = LabelWriter(tmp_path, HEADER, N_FRAMES, 10)
     good = [units(row) for row in range(10)]

@@ -48,7 +48,8 @@ def make_experiment(exp: Path, lr: float = 1e-3) -> Path:
     }
     (exp / "systems/main/finetune/provenance.json").write_text(json.dumps(record))
     rows = [{"step": step, "loss": 1 / step} for step in (1, 2)]
-    (exp / "systems/main/finetune/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [*map(json.dumps, rows), '{"step": 3, "lo']  # a running process is writing the last line
+    (exp / "systems/main/finetune/metrics.jsonl").write_text("\n".join(lines))
     return exp
 
 
