@@ -25,7 +25,7 @@ VIEWS = {
 
 
 def section_picture(page: Page, section: str) -> Image.Image:
-    """Take a screenshot of the page, scrolled to a section. The one of the results starts at the top."""
+    """Take a screenshot of the page, scrolled to a section or, for the results, to the top."""
     page.evaluate("id => document.getElementById(id).scrollIntoView()", section)
     if section == "results":
         page.evaluate("scrollTo(0, 0)")

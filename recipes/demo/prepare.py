@@ -197,7 +197,8 @@ def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) 
             parts = [symbol[0]] * 2 if symbol.endswith(":") else [symbol]
         actual = label_phones[i : i + len(parts)]
         if [_phone_class(phone) for phone in actual] != [_phone_class(phone) for phone in parts]:
-            raise JahubertError(f"the labels have {actual} instead of the phone {symbol} in the words {kana}")
+            expected = "end" if symbol == "none" else f"have the phone {symbol}"
+            raise JahubertError(f"the labels have {' '.join(actual)} where the words {kana} {expected}")
         end = start + sum(samples[i : i + len(parts)])
         phones.append(Phone(symbol, start, end))
         start, i = end, i + len(parts)

@@ -56,7 +56,7 @@ def random_asr(ctc) -> Transcriber:
 
 
 class Planted(Transcriber):
-    """Transcriber that reads labels from the waveform, in which sample 320 t is 0.01 times label t."""
+    """Transcriber that reads labels from the waveform: sample 320 t is 0.01 times the label of frame t."""
 
     def __init__(self):
         model = HubertForCtc(TINY, len(PHONEMES))

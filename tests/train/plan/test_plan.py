@@ -243,8 +243,8 @@ def test_measured_rates_are_used_where_there_are_some(capsys):
     printed = capsys.readouterr().out
     assert "measured on one H200" in printed and "rate estimated" not in printed
     made, hours = hours_of(capsys, *settings)
-    updates = 400_000 * 2800 / 3600  # hours of audio, at 5,439 audio-seconds per second for longer utterances
-    assert hours["iter2/pretrain"] == pytest.approx(updates / 5439, rel=0.04)
+    audio = 400_000 * 2800 / 3600  # hours; the rate of 5,439 was measured on longer utterances
+    assert hours["iter2/pretrain"] == pytest.approx(audio / 5439, rel=0.04)
     assert main(["plan", *settings, "model=large"]) == 0
     assert "rate estimated" in capsys.readouterr().out
     slower, _ = hours_of(capsys, *settings, "utilization=0.1")
