@@ -90,19 +90,22 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
 
 
 def difference(path: Path, bundle: Bundle) -> float:
-    """Compute the largest absolute difference between outputs of a file and a bundle on random audio."""
+    """Compute the largest absolute difference between outputs of a file and a bundle on random audio.
+
+    The result is NaN if an output is NaN.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "onnx") from error
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
+    differences = []
     for seconds in CHECKED:
         wav_1T = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator)
         (output,) = session.run(None, {INPUT: wav_1T.numpy()})
-        worst = max(worst, float(np.abs(output - expected(bundle, wav_1T).numpy()).max()))
-    return worst
+        differences.append(np.abs(output - expected(bundle, wav_1T).numpy()).max())
+    return float(np.max(differences))
 
 
 def expected(bundle: Bundle, wav_1T: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fixtures.foreign import (
 )
 
 from jahubert.cli import main as cli
-from jahubert.errors import ConfigError
+from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.atomic import temporary_path
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference
@@ -237,3 +238,13 @@ def test_largest_difference_detects_a_changed_bias(tmp_path):
     assert largest_difference(one, other) == 0
     other.model.encoder.layers[1].final_layer_norm.bias.data[3] += 0.5
     assert largest_difference(one, other) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio"])
+def test_model_with_nan_outputs_fails_verification(tmp_path, to):
+    """Also if the first outputs that are compared are finite."""
+    model = model_of(KINDS["base"])
+    model.encoder.layers[1].final_layer_norm.bias.data[3] = math.nan
+    save_bundle(tmp_path / "a", model=model)
+    with pytest.raises(CheckpointError, match="nan"):
+        convert(tmp_path / "a", tmp_path / ("b" if to == "hf" else "b.pt"), to)

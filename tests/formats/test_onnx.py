@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, MissingExtraError
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert
-from jahubert.formats.onnx import INPUT, OnnxGraph, expected
+from jahubert.formats.onnx import INPUT, OnnxGraph, difference, expected
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
 
@@ -83,6 +84,25 @@ def test_convert_command_writes_an_onnx_file(tmp_path, capsys):
     assert "largest absolute difference" in out and err == ""
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.pt"), "--to", "onnx"]) == 2
     assert ".onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("constant", [np.nan, np.inf])
+def test_difference_of_non_finite_outputs_is_not_finite(tmp_path, monkeypatch, constant):
+    class Session:
+        def __init__(self, path, providers):
+            pass
+
+        def run(self, names, inputs):
+            with torch.inference_mode():
+                output = expected(opened, torch.from_numpy(inputs[INPUT])).numpy()
+            if len(inputs[INPUT][0]) < 16_000:
+                output[0, 0, 0] = constant
+            return [output]
+
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+    opened = load_bundle(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    assert not np.isfinite(difference(tmp_path / "a.onnx", opened))
 
 
 def test_missing_extra_and_existing_files_are_reported(tmp_path, monkeypatch):
