@@ -23,6 +23,9 @@ MAX_LINE = 1 << 16  # maximum length of a line in bytes
 MAX_ORDER = 20
 _MAX_SKIPPED = 10_000  # maximum number of lines before the header, and of empty lines between sections
 _LN10 = math.log(10.0)
+# Base-10 logarithm that stands for a probability of zero in ARPA files (SRILM). Numbers below it, such as
+# -inf, are raised to it, because differences and products of infinite scores are NaN.
+_ZERO = -99.0
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -158,14 +161,14 @@ class _Reader:
         if self.index.setdefault(word, len(self.index)) != len(self.words) - 1:
             self._fail(f"{_shown(word)} is a duplicate")
 
-    def _number(self, text: bytes, name: str, highest: float = math.inf) -> float:
+    def _number(self, text: bytes, name: str, highest: float = -_ZERO) -> float:
         try:
             value = float(text)
         except ValueError:
             self._fail(f"the {name} {_shown(text)} is not a number")
-        if math.isnan(value) or value > highest or value == math.inf:
+        if math.isnan(value) or value > highest:
             self._fail(f"the {name} {_shown(text)} is out of range")
-        return value
+        return max(value, _ZERO)
 
 
 def _shown(text: bytes) -> str:

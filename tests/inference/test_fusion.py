@@ -200,6 +200,35 @@ def test_language_model_of_another_unit_is_rejected(tmp_path):
         load_fusion(SYMBOLS, path)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.0, -0.5])
+def test_words_of_probability_zero_have_finite_scores(tmp_path, word_model, weight):
+    """No word below a node of the lexicon, and no sentence end, has a positive probability."""
+    write_arpa(word_model, tmp_path / "words.arpa")
+    rows = (tmp_path / "words.arpa").read_text(encoding="utf-8").split("\n")
+    models = []
+    for zero in ("-99", "-inf"):
+        path = tmp_path / "zero.arpa"
+        path.write_text(
+            "\n".join(
+                "\t".join([zero, *row.split("\t")[1:]])
+                if row.split("\t")[1:2] in (["蚊"], ["課"], ["</s>"])
+                else row
+                for row in rows
+            ),
+            encoding="utf-8",
+        )
+        models.append(read_arpa(path))
+    results = [
+        beam_search(
+            random_logp(3, 2, 6), [6, 5], 20, n_best=5,
+            fusion=LexiconFusion(Lexicon(ENTRIES, SYMBOLS), model, weight),
+        )
+        for model in models
+    ]  # fmt: skip
+    assert results[0] == results[1]
+    assert all(math.isfinite(hypothesis.score) for row in results[1] for hypothesis in row)
+
+
 @pytest.mark.parametrize(("missing", "level"), [(1, "INFO"), (20, "WARNING")])
 def test_many_missing_symbols_are_a_warning(tmp_path, caplog, missing, level):
     symbols = PhonemeSet.standard()

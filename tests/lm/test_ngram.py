@@ -202,6 +202,8 @@ def test_written_model_is_read_back(tmp_path, name):
         ("-0.5\tア\t-0.25", "-0.5\tア\tx", 12),
         ("-0.5\tア\t-0.25", "0.5\tア", 12),
         ("-0.5\tア\t-0.25", "nan\tア", 12),
+        ("-0.5\tア\t-0.25", "-0.5\tア\tinf", 12),
+        ("-0.5\tア\t-0.25", "-0.5\tア\t1e38", 12),
         ("-0.75\tカ", "-0.75\tア", 13),
         ("-0.25\tア カ", "-0.25\tア キ", 17),
         ("-0.25\tア カ", "-0.25\tア", 17),
@@ -218,6 +220,22 @@ def test_invalid_file_is_rejected_with_its_line(tmp_path, old, new, line):
     path.write_text(ARPA.replace(old, new), encoding="utf-8")
     with pytest.raises(DataError, match=rf"bad\.arpa:{line}: "):
         read_arpa(path)
+
+
+@pytest.mark.parametrize("zero", ["-99", "-inf", "-1e38", "-1e300"])
+def test_probabilities_of_zero_are_read_as_the_lowest_finite_one(tmp_path, zero):
+    """The value of SRILM is used for all of them, in probabilities and back-off weights."""
+    path = tmp_path / "zero.arpa"
+    text = ARPA.replace("-0.75\tカ\t-0.125", f"{zero}\tカ\t{zero}").replace("-0.25\tア カ", f"{zero}\tア カ")
+    path.write_text(text, encoding="utf-8")
+    model = read_arpa(path)
+    logps = model.sentence_logp(["カ", "カ", "ア", "カ"]) / math.log(10)
+    expected = [-0.5 - 99, -99 - 99, -0.5, -99, -0.375 - 99 - 1]
+    assert logps == pytest.approx(expected, abs=1e-4)
+    assert np.isfinite(perplexity(model, [["カ", "x"]]).excluding_unknown)
+    write_arpa(model, tmp_path / "again.arpa")
+    again = read_arpa(tmp_path / "again.arpa")
+    assert again.logp_N.tolist() == pytest.approx(model.logp_N.tolist())
 
 
 def test_hostile_files_are_rejected(tmp_path):
