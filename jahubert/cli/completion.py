@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from types import ModuleType
+from typing import Any
 
 from jahubert.errors import MissingExtraError
 
-SHELLS = ("bash", "zsh", "fish", "tcsh")
-# Candidates must not repeat the text before "=", because bash splits words there.
+SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 _BASH_SETTINGS = """
 _jahubert_settings() {
   local line="${COMP_LINE:0:COMP_POINT}" prefix="" candidate
@@ -17,6 +18,11 @@ _jahubert_settings() {
   while IFS= read -r candidate; do
     printf '%s\\n' "${candidate#"$prefix"}"
   done < <(compgen -W "WORDS" -- "$word")
+}"""
+_POWERSHELL_SETTINGS = """
+function _jahubert_settings {
+  param([string]$WordToComplete)
+  'WORDS' -split ' ' | Where-Object { $_ -like "$WordToComplete*" }
 }"""
 
 
@@ -36,7 +42,14 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
                 action.complete = _settings()  # type: ignore[attr-defined]
             elif action.nargs != 0 and not action.choices and action.type is None:
                 action.complete = _paths(shtab, action)  # type: ignore[attr-defined]
-    return shtab.complete(parser, shell)
+    return _complete_all_arguments(shtab.complete(parser, shell))
+
+
+def _complete_all_arguments(text: str) -> str:
+    """Complete every argument of a list. The scripts of shtab for zsh and tcsh complete only the first."""
+    text = re.sub(r'^( *")\(\*\)::?', r"\1*:", text, flags=re.MULTILINE)  # zsh
+    settings = [f"'c/{key}=/({' '.join(values)})/'" for key, values in _setting_values().items()]
+    return text.replace("'p/*/()/'", " ".join([*settings, "'p/*/f/'"]))  # tcsh
 
 
 def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -45,21 +58,29 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return list(subparsers.choices.values())
 
 
-def _paths(shtab: ModuleType, action: argparse.Action) -> dict:
-    return shtab.DIRECTORY if action.dest == "experiment" else shtab.FILE
+def _paths(shtab: ModuleType, action: argparse.Action) -> dict[str, str]:
+    paths: dict[str, str] = shtab.DIRECTORY if action.dest == "experiment" else shtab.FILE
+    return paths
 
 
-def _settings() -> dict:
-    """Return the completion of the settings `recipe=` and `stage=` for each shell."""
+def _setting_values() -> dict[str, list[str]]:
+    """Return the settings that are completed, and their values."""
     from jahubert.train.experiment.registry import STAGES, recipe_names
 
-    values = [f"recipe={name}" for name in recipe_names()]
-    values += [f"stage={name}" for name in (*STAGES, "all")]
-    words = " ".join(values)
+    return {"recipe": recipe_names(), "stage": [*STAGES, "all"]}
+
+
+def _settings() -> dict[str, Any]:
+    """Return the completion of settings for each shell."""
+    words = " ".join(f"{key}={value}" for key, values in _setting_values().items() for value in values)
     return {
         "bash": "_jahubert_settings",
         "zsh": f"({words})",
         "fish": words,
         "tcsh": f"({words})",
-        "preamble": {"bash": _BASH_SETTINGS.replace("WORDS", words)},
+        "powershell": "_jahubert_settings",
+        "preamble": {
+            "bash": _BASH_SETTINGS.replace("WORDS", words),
+            "powershell": _POWERSHELL_SETTINGS.replace("WORDS", words),
+        },
     }

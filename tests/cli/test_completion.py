@@ -1,18 +1,30 @@
-"""Tests that shells accept the completion scripts, and that bash completes commands and their arguments."""
+"""Tests that shells accept the completion scripts and complete commands and their arguments."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import termios
+import time
+from collections.abc import Callable
 
 import pytest
+from fixtures.terminal import Terminal
 
 from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.main import build_parser, main
 
 shtab = pytest.importorskip("shtab", reason="extra completion")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def candidates(line: str, folder) -> list[str]:
@@ -44,12 +56,71 @@ def test_bash_completes_commands_formats_recipes_and_stages(tmp_path):
     assert set(candidates("jahubert completion ", tmp_path)) == set(SHELLS)
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish not found")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("jahubert run recipe=demo stage=km", "stage=kmeans"), ("jahubert transcribe a.wav ta", "talk.wav")],
+)
+def test_fish_completes_every_argument(line, completed, tmp_path):
+    (tmp_path / "script").write_text(script(build_parser(), "fish"))
+    (tmp_path / "talk.wav").touch()
+    command = ["fish", "--no-config", "-c", f"source script; complete -C '{line}'"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    assert [candidate.split("\t")[0] for candidate in done.stdout.splitlines()] == [completed], done.stderr
+
+
+# Start of each interactive shell, without the user's files.
+INTERACTIVE = {
+    "zsh": (["zsh", "-f", "-i"], 'autoload -Uz compinit; compinit -u -D; eval "$(cat script)"'),
+    "tcsh": (["tcsh", "-f"], "source ./script"),
+}
+
+
+@pytest.mark.parametrize("shell", INTERACTIVE)
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("jahubert run recipe=demo seed=1 stage=km", "stage=kmeans"),
+        ("jahubert transcribe -f s", "srt"),
+        ("jahubert transcribe a.wav ta", "talk.wav"),
+    ],
+)
+def test_interactive_shell_completes_every_argument(shell, line, completed, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} not found")
+    (tmp_path / "script").write_text(script(build_parser(), shell))
+    (tmp_path / "talk.wav").touch()
+    command, setup = INTERACTIVE[shell]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "xterm"}
+    with Terminal() as terminal:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=terminal.slave,
+            stdout=terminal.slave,
+            stderr=terminal.slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the controlling terminal
+        )
+        try:
+            os.write(terminal.master, f"{setup}; echo rea''dy\n".encode())
+            wait_until(lambda: "ready" in terminal.written)
+            os.write(terminal.master, f"{line}\t".encode())
+            wait_until(lambda: completed in terminal.written)
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_scripts_are_printed_and_valid(shell, capsys, tmp_path):
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("transcribe", "recipe=demo", "stage=kmeans", "textgrid"))
-    if shell == "tcsh" or shutil.which(shell) is None:  # tcsh cannot check the syntax of a script
+    # tcsh and PowerShell cannot check the syntax of a script.
+    if shell in ("tcsh", "powershell") or shutil.which(shell) is None:
         return
     (tmp_path / "script").write_text(text)
     done = subprocess.run([shell, "-n", "script"], capture_output=True, text=True, cwd=tmp_path, timeout=30)
