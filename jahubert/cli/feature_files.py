@@ -71,7 +71,7 @@ class FeatureFiles:
                     raise
                 raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
         self.written = _read_sources(self.folder / SOURCES)
-        self.sources: dict[str, Source] = {}  # of the recordings that `has` was called for
+        self.sources: dict[str, Source] = {}  # current source of each output file for which `has` was called
 
     def has(self, base: Path, audio: str) -> bool:
         """Return whether the features of `audio` exist and the recording has not changed since.
@@ -79,7 +79,7 @@ class FeatureFiles:
         Features of standard input are always computed.
 
         Raises:
-            StaleError: the file contains the features of a recording with another path.
+            StaleError: the output file contains the features of a recording with another path.
         """
         path, key = self._path(base), os.fspath(base)
         source = self.sources[key] = _source_of(audio)
@@ -88,8 +88,8 @@ class FeatureFiles:
             return False
         if written.get("path") != source["path"]:
             raise StaleError(
-                f"{path} contains the features of {written.get('path')}, not of {source['path']}; use "
-                "another output, or delete this file"
+                f"{path} contains the features of {written.get('path')}, not of {source['path']}; choose "
+                "another output, or delete the file"
             )
         return source["size"] is not None and written == source
 
