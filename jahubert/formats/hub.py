@@ -7,6 +7,9 @@ from pathlib import Path
 
 from jahubert.errors import CheckpointError, MissingExtraError
 
+# Files in a model folder that the readers use. The .bin files are not needed if there are safetensors files.
+_FILES = ("*.json", "*.safetensors", "*.arpa.gz")
+_BIN_FILES = ("*.json", "pytorch_model*.bin")
 _TIMEOUT = 10.0  # seconds to wait for the Hub before it is considered unreachable
 
 
@@ -26,12 +29,24 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.arpa.gz"]))
-        if not list(folder.glob("*.safetensors")):  # .bin files are large and only needed without safetensors
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
+        folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        if not list(folder.glob("*.safetensors")):  # .bin files are large
+            folder = Path(snapshot_download(name, allow_patterns=list(_BIN_FILES)))
         return folder
     except Exception as error:  # Hub errors have no common base class
         raise _unavailable(name, error) from error
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return the files that are read to open a local model, a file or a folder, or [] if it is no model."""
+    if path.is_file():
+        settings = path.with_suffix(".json")  # of a torchaudio model
+        return [path, settings] if path.suffix in (".pt", ".pth") and settings.is_file() else [path]
+    folder = next((each for each in (path, path / "bundle") if (each / "config.json").exists()), None)
+    if folder is None:
+        return []
+    # Shards of PyTorch weights may have any name that ends in .bin.
+    return sorted({file for pattern in (*_FILES, "*.bin") for file in folder.glob(pattern)})
 
 
 def check_exists(source: str | os.PathLike[str]) -> None:

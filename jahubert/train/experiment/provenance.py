@@ -22,6 +22,7 @@ from typing import Any
 
 from jahubert.errors import DataError, StaleError
 from jahubert.formats.atomic import PREFIX, atomic_write
+from jahubert.formats.hub import model_files
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
@@ -37,8 +38,10 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     models = {name for name, _, model in input_fields(config) if model}
     fields = {}
     for name, value in result_fields(config).items():
-        is_input = isinstance(value, Path)
-        fields[name] = input_fingerprint(f"{stage}.{name}", value, name in models) if is_input else value
+        if isinstance(value, Path):
+            fields[name] = input_fingerprint(f"{stage}.{name}", value, name in models)
+        else:
+            fields[name] = value
     return {"stage": stage, "version": version, "settings": fields}
 
 
@@ -192,10 +195,9 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
             raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
-    if path.is_file():
-        return _file_fingerprint(path)
-    if path.is_dir() and (path / "config.json").exists():  # a model folder that no stage wrote
-        return ",".join([path.name, *map(_file_fingerprint, sorted(path.glob("*.safetensors")))])
+    if files := model_files(path):  # a file or model folder that no stage wrote
+        name_of_folder = [path.name] if path.is_dir() else []
+        return ",".join([*name_of_folder, *map(_file_fingerprint, files)])
     if path.is_dir():
         return str(path)
     if model and len(path.parts) == 2 and not path.is_absolute():
@@ -231,14 +233,23 @@ def changed_settings(
     for key in sorted((old.keys() - set(runtime)) | new.keys()):
         before_value = old.get(key, default.get(key))
         value = new.get(key, default.get(key))
-        if before_value != value and before_value != _without_checksums(value):
+        if before_value != value and before_value not in _earlier_forms(value):
             changes.append(f"{stage}.{key} was {_short(before_value)}, now {_short(value)}")
     return changes
 
 
-def _without_checksums(value: Any) -> Any:
-    """Return a fingerprint in the form that earlier versions recorded, without the checksums of files."""
-    return _FILE_CRC32.sub(r"\1", value) if isinstance(value, str) else value
+def _earlier_forms(value: Any) -> list[str]:
+    """Return a fingerprint in the forms that earlier versions recorded.
+
+    They recorded no checksums of files, and only the .safetensors files of a model folder, or the weights of
+    a torchaudio model.
+    """
+    if not isinstance(value, str):
+        return []
+    first, *files = value.split(",")
+    weights = [file for file in files if file.partition(":")[0].endswith(".safetensors")]
+    forms = [value, *([",".join([first, *weights])] if weights or ":" in first else [])]
+    return [*forms, *(_FILE_CRC32.sub(r"\1", form) for form in forms)]
 
 
 def _check_unchanged(

@@ -109,6 +109,66 @@ def test_files_and_models_of_no_stage_are_identified_by_their_content(tmp_path):
         acquire(out / f"{path.name}-old", after)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "config.json",
+        "preprocessor_config.json",
+        "vocab.json",
+        "jahubert.json",
+        "language_model.arpa.gz",
+        "centroids.safetensors",
+        "bundle/model.safetensors",
+    ],
+)
+def test_every_file_of_a_model_folder_is_part_of_its_identity(tmp_path, name):
+    model, out = tmp_path / "model", tmp_path / "out"
+    changed = model / name
+    changed.parent.mkdir(parents=True)
+    (changed.parent / "config.json").write_text("{}")
+    changed.write_text("one")
+    acquire(out, stage_inputs("kmeans", 1, Config(model)))
+    acquire(out, stage_inputs("kmeans", 1, Config(model)))
+    (model / "README.md").touch()
+    acquire(out, stage_inputs("kmeans", 1, Config(model)))
+    changed.write_text("two")
+    with pytest.raises(StaleError, match=r"kmeans\.source"):
+        acquire(out, stage_inputs("kmeans", 1, Config(model)))
+
+
+def test_settings_of_a_torchaudio_model_are_part_of_its_identity(tmp_path):
+    model, settings, out = tmp_path / "model.pt", tmp_path / "model.json", tmp_path / "out"
+    model.touch()
+    before = stage_inputs("kmeans", 1, Config(model))
+    settings.write_text("one")
+    acquire(out, stage_inputs("kmeans", 1, Config(model)))
+    acquire(tmp_path / "old", before)
+    acquire(tmp_path / "old", stage_inputs("kmeans", 1, Config(model)))
+    settings.write_text("two")
+    with pytest.raises(StaleError, match=r"kmeans\.source"):
+        acquire(out, stage_inputs("kmeans", 1, Config(model)))
+
+
+def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_files(tmp_path):
+    """Earlier versions recorded no other files. A name alone, of a folder with .bin files, is refused."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text("one")
+    inputs = stage_inputs("kmeans", 1, Config(model))
+    name, config, weights = inputs["settings"]["source"].split(",")
+    assert (name, config.split(":")[0]) == ("model", "config.json")
+    for i, recorded in enumerate((f"{name},{weights}", f"{name},{weights.rpartition(':')[0]}")):
+        acquire(tmp_path / f"out{i}", inputs | {"settings": inputs["settings"] | {"source": recorded}})
+        acquire(tmp_path / f"out{i}", inputs)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    acquire(tmp_path / "bin", inputs | {"settings": inputs["settings"] | {"source": name}})
+    with pytest.raises(StaleError):
+        acquire(tmp_path / "bin", stage_inputs("kmeans", 1, Config(model)))
+
+
 def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))
