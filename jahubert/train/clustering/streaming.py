@@ -23,10 +23,12 @@ from jahubert.prefetch import prefetch
 from jahubert.train.clustering.features import Feature, HubertLayer
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.workers import map_in_workers
-from jahubert.train.experiment.registry import FEATURES, resolve
+from jahubert.train.experiment.checksums import file_crc32
+from jahubert.train.experiment.registry import FEATURES, resolve, source_file
 
 _IN_FLIGHT = 64  # maximum number of utterances (several batches) whose frames are being copied to the CPU
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
+_CODE = "code"  # CRC-32 of the Python file that defines a custom feature
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
@@ -53,14 +55,16 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
 
 
 def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, Any]:
-    """Return a description of a feature, which is stored with the centroids and labels derived from it."""
+    """Return a description of a feature, which is stored with the centroids derived from it."""
     model = feature.model if isinstance(feature, HubertLayer) else None
+    file = source_file(kind)
     return {
         "feature": kind,
         "dim": feature.dim,
         "layer": None if model is None else layer,
         "model": None if model is None else weights_hash(model),
         "normalize": False if model is None else model.config.normalize,
+        **({} if file is None else {_CODE: file_crc32(file)}),
     }
 
 
@@ -83,7 +87,7 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
             header = json.loads((file.metadata() or {})["header"])
         if centroids_KD.dtype != torch.float32 or centroids_KD.dim() != 2 or not centroids_KD.numel():
             raise ValueError(f"shape {tuple(centroids_KD.shape)}, dtype {centroids_KD.dtype}")
-        if not isinstance(header, dict) or header.keys() != _HEADER_TYPES.keys():
+        if not isinstance(header, dict) or header.keys() - {_CODE} != _HEADER_TYPES.keys():
             raise ValueError("the feature description is missing or incomplete")
         for name, kind in _HEADER_TYPES.items():
             if header[name] is not None or name == "feature":

@@ -27,7 +27,7 @@ from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
 from jahubert.train.experiment.lock import lock_owner
-from jahubert.train.experiment.registry import PER_DECODING, stage_of
+from jahubert.train.experiment.registry import PER_DECODING, source_file, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
@@ -40,6 +40,8 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     for name, value in result_fields(config).items():
         if isinstance(value, Path):
             fields[name] = input_fingerprint(f"{stage}.{name}", value, name in models)
+        elif (file := source_file(value)) is not None:
+            fields[name] = f"{value},{_file_fingerprint(file)}"
         else:
             fields[name] = value
     return {"stage": stage, "version": version, "settings": fields}
@@ -241,8 +243,8 @@ def changed_settings(
 def _earlier_forms(value: Any) -> list[str]:
     """Return a fingerprint in the forms that earlier versions recorded.
 
-    They recorded no checksums of files, and only the .safetensors files of a model folder, or the weights of
-    a torchaudio model.
+    They recorded no checksums of files, and only the .safetensors files of a model folder, the weights of a
+    torchaudio model, or the text of a setting that names a Python file.
     """
     if not isinstance(value, str):
         return []

@@ -120,6 +120,12 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
     return _attribute(module, attribute, f"{what}: {module_name}") if attribute else module
 
 
+def source_file(setting: Any) -> Path | None:
+    """Return the file in a setting of the form "file.py:attribute" if it exists, otherwise None."""
+    name, colon, _ = setting.partition(":") if isinstance(setting, str) else ("", "", "")
+    return Path(name) if colon and name.endswith(".py") and Path(name).is_file() else None
+
+
 def _attribute(module: ModuleType, name: str, what: str) -> Any:
     try:
         return getattr(module, name)

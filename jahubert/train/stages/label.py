@@ -124,9 +124,9 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
     actual = feature_header(feature, fitted["feature"], fitted["layer"])
     mismatches = [
-        f"{key} is {quote(actual[key])}, expected {quote(fitted[key])}"
+        f"{key} is {quote(actual.get(key))}, expected {quote(fitted[key])}"
         for key in fitted
-        if actual[key] != fitted[key]
+        if actual.get(key) != fitted[key]
     ]
     if mismatches:
         raise DataError(

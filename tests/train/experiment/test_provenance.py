@@ -169,6 +169,25 @@ def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_fil
         acquire(tmp_path / "bin", stage_inputs("kmeans", 1, Config(model)))
 
 
+def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
+    @dataclass(frozen=True)
+    class Custom(Config):
+        kind: str = f"{tmp_path}/custom.py:Feature"
+
+    file, out = tmp_path / "custom.py", tmp_path / "out"
+    recorded = stage_inputs("features", 1, Custom(source))  # as by earlier versions
+    assert recorded["settings"]["kind"] == f"{file}:Feature"
+    file.write_text("class Feature: pass")
+    inputs = stage_inputs("features", 1, Custom(source))
+    acquire(out, inputs)
+    acquire(out, stage_inputs("features", 1, Custom(source)))
+    acquire(tmp_path / "old", recorded)
+    acquire(tmp_path / "old", inputs)
+    file.write_text("class Feature: ...")
+    with pytest.raises(StaleError, match=r"features\.kind was .*custom\.py"):
+        acquire(out, stage_inputs("features", 1, Custom(source)))
+
+
 def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     with pytest.raises(DataError, match=r"kmeans.source: .*/nowhere/features .*stage=features"):
         stage_inputs("kmeans", 1, Config(tmp_path / "nowhere/features"))

@@ -24,7 +24,12 @@ from jahubert.frames import MFCC
 from jahubert.model.hubert import HubertModel
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
-from jahubert.train.clustering.streaming import load_centroids, save_centroids, stream_features
+from jahubert.train.clustering.streaming import (
+    feature_header,
+    load_centroids,
+    save_centroids,
+    stream_features,
+)
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.evaluation import layer_quality
@@ -283,6 +288,21 @@ def test_centroids_cannot_choose_code_to_import(corpus, whole, tmp_path):
     assert not (tmp_path / "ran").exists()
     label.run(replace(config, feature=name), tmp_path / "label")
     assert (tmp_path / "ran").exists()
+
+
+def test_centroids_of_a_custom_feature_that_was_edited_are_rejected(corpus, whole, tmp_path):
+    custom = tmp_path / "edited.py"
+    custom.write_text("from jahubert.train.clustering.features import Mfcc\nclass Feature(Mfcc): pass\n")
+    name = f"{custom}:Feature"
+    header = feature_header(Mfcc(), name, None)
+    centroids_KD, plain = load_centroids(whole / "kmeans/centroids.safetensors")
+    assert {key: header[key] for key in plain} == plain | {"feature": name}
+    save_centroids(tmp_path / "centroids.safetensors", centroids_KD, header)
+    config = replace(stages(corpus, tmp_path)["label"], centroids=tmp_path, feature=name)
+    label.run(config, tmp_path / "label")
+    custom.write_text(custom.read_text() + "# edited\n")
+    with pytest.raises(DataError, match="code is"):
+        label.run(config, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
