@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,22 +237,31 @@ def log_probabilities(
     With `config.vad`, the audio is prepared as in `Transcriber`. With `suppress`, which requires
     `config.vad`, phones outside speech are suppressed as well.
     """
-    longest = float(manifest.n_samples[rows].max()) / SAMPLE_RATE
-    data = CtcData(
-        manifest,
-        targets,
-        rows,
-        mask=None,
-        width=1,
-        sizes=BatchSizes(max(config.batch_seconds, longest + 1)),
-        seed=0,
-        keep_in_memory_hours=0,
-    )
-    micro_batches = list(data.sampler.single_pass(distributed.rank(), distributed.world()))
-    n_rows = sum(len(micro.rows) for micro in micro_batches)
+    seconds = manifest.n_samples[rows] / SAMPLE_RATE
+    is_long = seconds > config.batch_seconds
+    # Utterances that are longer than a batch are decoded separately, so that they do not enlarge the others.
+    parts = [(rows[~is_long], config.batch_seconds), (rows[is_long], seconds.max() + 1)]
+    sources = [
+        CtcData(
+            manifest,
+            targets,
+            part,
+            mask=None,
+            width=1,
+            sizes=BatchSizes(float(batch_seconds)),
+            seed=0,
+            keep_in_memory_hours=0,
+        )
+        for part, batch_seconds in parts
+        if len(part)
+    ]
+    all_batches = [(data, micro) for data in sources for micro in data.sampler.single_pass()]
+    batches = all_batches[distributed.rank() :: distributed.world()]
+    n_rows = sum(len(micro.rows) for _, micro in batches)
 
-    def load(micro: MicroBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def load(item: tuple[CtcData, MicroBatch]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Load a batch as padded waveforms, their lengths, and the speech mask of each waveform."""
+        data, micro = item
         batch = data.load(micro)
         if not config.vad:
             return batch.wav_BT, batch.n_samples_B, []
@@ -260,7 +270,7 @@ def log_probabilities(
         return pad([wav_T for wav_T, _ in prepared]), batch.n_samples_B, [mask for _, mask in prepared]
 
     with torch.inference_mode(), progress(description, "utterances", n_rows) as done:
-        for micro, (wav_BT, n_samples_B, speech) in prefetch(load, micro_batches):
+        for (_, micro), (wav_BT, n_samples_B, speech) in prefetch(load, batches):
             logp_BSV, n_frames_B = model(wav_BT.to(device), n_samples_B)
             logp_BSV = logp_BSV.cpu()
             if suppress:
@@ -367,10 +377,9 @@ def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> l
     Because CTC emits each phone as a spike, every frame is assigned to the nearest spike. A frame whose
     nearest spike is more than `_MAX_DISTANCE` frames away, or is a word boundary, belongs to a pause.
     """
-    nearest_S = [
-        min(spans, key=lambda span: max(span.start - frame, frame - span.end + 1, 0))
-        for frame in range(n_frames)
-    ]
+    # Frames from edges[i] on are nearer to span i + 1 than to span i.
+    edges = [(span.end + following.start + 1) // 2 for span, following in pairwise(spans)]
+    nearest_S = [spans[i] for i in np.searchsorted(edges, np.arange(n_frames), side="right")]
     times: list[tuple[str, int, int]] = []
     for frame, span in enumerate(nearest_S):
         is_near = max(span.start - frame, frame - span.end + 1, 0) <= _MAX_DISTANCE

@@ -1,10 +1,11 @@
-"""Test that the decode stage gives the same hypotheses as `Transcriber` for the same recordings."""
+"""Tests of the decode stage: hypotheses equal to those of `Transcriber`, batches and phone times."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -12,6 +13,8 @@ from fixtures.sounds import nonspeech, syllables
 
 import jahubert
 from jahubert.audio import AudioSource
+from jahubert.frames import HUBERT
+from jahubert.inference.ctc import Span
 from jahubert.train.data.manifest import Utterance, write_manifest
 from jahubert.train.stages import decode, targets
 
@@ -71,3 +74,40 @@ def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad):
         assert tuple(line["hypothesis"]) == tuple(" ".join(word.phonemes) for word in transcript.words)
         assert line["score"] == pytest.approx(transcript.score, abs=1e-2)
         assert bool(transcript.words) == (line["id"] != "clicks" or not vad)
+
+
+def test_long_recordings_do_not_enlarge_other_batches(recognizer, corpus, tmp_path, monkeypatch):
+    shapes = []
+    forward = jahubert.HubertForCtc.forward
+
+    def recorded(self, wav_BT, *args):
+        shapes.append(tuple(wav_BT.shape))
+        return forward(self, wav_BT, *args)
+
+    monkeypatch.setattr(jahubert.HubertForCtc, "forward", recorded)
+    (tmp_path / "out").mkdir()
+    config = decode.Config(
+        **corpus, model=recognizer, splits=("test",), beam=5, device="cpu", batch_seconds=2.5, vad=False
+    )
+    decode.run(config, tmp_path / "out")
+    # Three recordings of 2 s need a batch each. The two of 3 s share none, because both would exceed 4 s.
+    assert sorted(shapes) == [(1, 32_000)] * 3 + [(1, 48_000)] * 2
+
+
+def test_frames_belong_to_the_nearest_phone():
+    phonemes, rng = jahubert.PhonemeSet.standard(), np.random.default_rng(0)
+    for _ in range(20):
+        edges = np.sort(rng.choice(200, 12, replace=False)).tolist()
+        spans = [
+            Span(int(label), start, end, 0.0)
+            for label, start, end in zip(rng.integers(1, 6, 6), edges[::2], edges[1::2], strict=True)
+        ]
+        times = decode.phone_times(spans, 200, phonemes)
+        assert times[0][1] == 0 and [t[1] for t in times[1:]] == [t[2] for t in times[:-1]]
+        for frame in range(200):
+            distance, nearest = min(
+                (max(s.start - frame, frame - s.end + 1, 0), i) for i, s in enumerate(spans)
+            )
+            (name,) = (n for n, start, end in times if start <= HUBERT.start(frame) < end)
+            is_phone = distance <= decode._MAX_DISTANCE and spans[nearest].label != phonemes.boundary
+            assert name == (phonemes.symbols[spans[nearest].label] if is_phone else "pau")
