@@ -30,6 +30,7 @@ from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError, JahubertError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import VOWELS
+from jahubert.prefetch import usable_cores
 from jahubert.train.data.flac import flac_length, write_flac
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.experiment.script_processes import run_in_processes, run_items
@@ -110,7 +111,7 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
     """Synthesize texts with alternating speakers until `minutes` are reached or the texts end."""
     plan: list[tuple[Line, Utterance]] = list(_plan(texts, work, config, seed))
     missing = [line for line, item in plan if flac_length(line.path(work)) != item.n_samples]
-    processes = config.processes or min(8, os.cpu_count() or 1)
+    processes = config.processes or min(8, usable_cores())
     run_in_processes(Path(__file__), missing, work, processes, _write)
     for _, item in plan:
         yield item

@@ -9,7 +9,6 @@ ignores.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from tar_index import DAMAGED, TRUNCATED, index_shards
 
 from jahubert.errors import ConfigError, DataError, ReadError, quote
 from jahubert.frames import SAMPLE_RATE
-from jahubert.prefetch import prefetch
+from jahubert.prefetch import prefetch, usable_cores
 from jahubert.train.data.manifest import Rejected, Utterances
 from jahubert.train.data.utterances import (
     is_file,
@@ -91,7 +90,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     n_rows = n_samples = 0
     limit = _Limit(len(shards), config.max_broken)
     yield from limit.count(captions.rejected)
-    indices = index_shards(list(shards.values()), work / "index", config.processes or os.cpu_count() or 1)
+    indices = index_shards(list(shards.values()), work / "index", config.processes or usable_cores())
     for number, ((name, path), index) in enumerate(zip(shards.items(), indices, strict=True), 1):
         texts, rejected_rows = captions.of(name)
         rows, rejected = _match_captions(path, index, texts, table)

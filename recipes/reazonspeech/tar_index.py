@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 
 from jahubert.errors import AudioError, JahubertError
 from jahubert.formats.atomic import atomic_write
+from jahubert.prefetch import usable_cores
 from jahubert.train.experiment.script_processes import ScriptProcess, run_job
 
 VERSION = 1
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path, help="folder with 000.tar ... fff.tar")
     parser.add_argument("index", type=Path, help="work/index of stage=prepare, on a shared file system")
     parser.add_argument("--part", default="1/1", help="part to index, e.g. 2/4 for the second of four parts")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=usable_cores())
     args = parser.parse_args()
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
     if part is None or int(part[1]) > int(part[2]):

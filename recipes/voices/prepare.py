@@ -28,6 +28,7 @@ from jahubert.audio import AudioSource
 from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError, JahubertError, quote
 from jahubert.frames import SAMPLE_RATE
+from jahubert.prefetch import usable_cores
 from jahubert.train.data.flac import flac_length
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import is_folder, read_reliably, read_text
@@ -319,7 +320,7 @@ def _utterance(
 
 
 def _n_processes(config: Config) -> int:
-    return config.processes or min(8, os.cpu_count() or 1)
+    return config.processes or min(8, usable_cores())
 
 
 # --- texts ----------------------------------------------------------------------------------------------

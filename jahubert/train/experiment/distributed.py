@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from jahubert.errors import ConfigError, JahubertError, Stopped, UserError
 from jahubert.model import device as devices
+from jahubert.prefetch import usable_cores
 
 T = TypeVar("T")
 
@@ -221,7 +222,7 @@ def launch(command: Sequence[str], n: int) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = str(max(1, (os.cpu_count() or 1) // n))
+    threads = str(max(1, usable_cores() // n))
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children: list[subprocess.Popen] = []
 

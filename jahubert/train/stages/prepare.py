@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 from jahubert.audio import audio_length
 from jahubert.errors import AudioError, DataError
 from jahubert.frames import HUBERT
+from jahubert.prefetch import usable_cores
 from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
 from jahubert.train.data.utterances import UNUSABLE_AUDIO, load_utterance, read_reliably, too_many
@@ -151,7 +151,7 @@ def check_items(
             recorder.add(result)
         return result
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for item in items:
             checked = _without_decoding(item, check_audio, cache) if isinstance(item, Utterances) else None
             if checked is not None:
