@@ -95,7 +95,10 @@ def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
             "to another archive"
         )
     file.seek(source.offset)
-    return _in_memory(name, file.read(source.length))
+    content = bytearray()
+    while block := file.read(source.length - len(content)):  # an unbuffered read may return fewer bytes
+        content += block
+    return _in_memory(name, bytes(content))
 
 
 def _read_stream(stream: Any, name: str) -> bytes:

@@ -29,6 +29,7 @@ from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
 from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
+from jahubert.model.layers import length_list
 from jahubert.model.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def front_end_padded(stack: ConvFrontEnd, wav_BT: Tensor, n_samples: Sequence[in
     convs = [cast("ConvLayer", layer).conv for layer in stack.conv_layers]
     grid = FrameGrid.from_convs([conv.kernel_size[0] for conv in convs], [conv.stride[0] for conv in convs])
     batch, width = wav_BT.shape
-    lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
+    lengths = [width] * batch if n_samples is None else length_list(n_samples)
     packing = Packing([grid.n_frames(n) for n in lengths], grid.n_frames(width), wav_BT.device)
     return packing.unpack(front_end(stack, wav_BT, lengths))
 

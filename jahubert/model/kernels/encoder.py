@@ -38,11 +38,11 @@ def encode(
 ) -> Encoded:
     """Compute `HubertModel.forward` on packed frames. `n_samples` contains the lengths in a padded batch."""
     from jahubert.model.hubert import Encoded
-    from jahubert.model.layers import scale_gradient
+    from jahubert.model.layers import length_list, scale_gradient
 
     config, device = model.config, wav_BT.device
     batch, width = wav_BT.shape
-    lengths = [width] * batch if n_samples is None else [int(n) for n in n_samples]
+    lengths = [width] * batch if n_samples is None else length_list(n_samples)
     n_frames, padded_frames = [config.grid.n_frames(n) for n in lengths], config.grid.n_frames(width)
     conv_lengths = lengths if padding == "ignored" else [width] * batch
     if config.normalize or padding != "ignored":

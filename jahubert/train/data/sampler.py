@@ -116,7 +116,6 @@ class Sampler:
         sizes: BatchSizes,
         *,
         seed: int,
-        max_rows: int = 0,
         shortest: np.ndarray | None = None,
         epoch_lengths: Callable[[int], np.ndarray] | None = None,
     ):
@@ -125,12 +124,11 @@ class Sampler:
         Args:
             rows: manifest rows from which groups are sampled.
             n_samples: length of each row after cropping, or an upper bound on the length.
-            max_rows: maximum number of rows per group; 0 means no limit.
             shortest: lower bound on the length of each row; None means `n_samples`.
             epoch_lengths: function that maps an epoch to the lengths in this epoch, if they change.
         """
         self.rows, self.n_samples = np.asarray(rows), np.asarray(n_samples)
-        self.sizes, self.seed, self.max_rows = sizes, seed, max_rows
+        self.sizes, self.seed = sizes, seed
         self.shortest = self.n_samples if shortest is None else shortest
         self.epoch_lengths = epoch_lengths
         micro_seconds = min(sizes.group_seconds, sizes.micro_seconds or sizes.group_seconds)
@@ -237,15 +235,14 @@ class Sampler:
         """
         while second - first > end - second + 1:
             rows, longest = end - second + 1, int(length[second - 1 : end].max())
-            if rows * longest > self.group_capacity or (self.max_rows and rows > self.max_rows):
+            if rows * longest > self.group_capacity:
                 break
             second -= 1
         return second
 
     def _row_limit(self, first_length: int) -> int:
         """Return the maximum number of rows in a group whose first row has the given length."""
-        limit = self.group_capacity // max(1, first_length)
-        return min(limit, self.max_rows) if self.max_rows else limit
+        return self.group_capacity // max(1, first_length)
 
     def stream(self, epoch: int, cursor: int) -> Iterator[MicroBatch]:
         """Iterate over groups endlessly, starting at group `cursor` of an epoch."""

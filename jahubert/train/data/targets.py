@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,12 +60,16 @@ class TargetStore:
     """Memory-mapped targets that `write_targets` has written."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
             self.symbol_L = np.load(folder / "symbols.npy", mmap_mode="r")
             self.offsets = np.load(folder / "offsets.npy")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{folder}: no readable targets ({error}); run stage=targets first") from error
         self.phonemes = PhonemeSet.from_json(read_record(folder / "phonemes.json"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TargetStore, (self.folder,)  # each worker maps the files into its own memory
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
