@@ -417,12 +417,15 @@ class Manifest:
         column = self._rows.column("id")
         return (column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist()
 
-    def indices(self, split: str | None = None, has_words: bool | None = None) -> np.ndarray:
+    def indices(
+        self, split: str | None = None, has_words: bool | None = None, has_alignment: bool | None = None
+    ) -> np.ndarray:
         """Return the ascending int64 indices of the selected utterances.
 
         Args:
             split: select only utterances in this split.
             has_words: select only utterances with words (True) or without words (False).
+            has_alignment: select only utterances with phone times (True) or without them (False).
 
         Raises:
             DataError: the manifest does not contain `split`.
@@ -430,8 +433,9 @@ class Manifest:
         keep = np.ones(len(self), bool)
         if split is not None:
             keep &= np.asarray(pc.equal(self._rows.column("split"), split))
-        if has_words is not None:
-            keep &= np.asarray(pc.greater(pc.list_value_length(self._rows.column("words")), 0)) == has_words
+        for column, wanted in (("words", has_words), ("alignment", has_alignment)):
+            if wanted is not None:
+                keep &= np.asarray(pc.greater(pc.list_value_length(self._rows.column(column)), 0)) == wanted
         if split is not None and split not in self.counts["splits"]:
             splits = ", ".join(self.counts["splits"])
             raise DataError(f"{self.path} has no split {quote(split)}; its splits are: {splits}")

@@ -47,10 +47,10 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
     has one, and "" if there are no phone times.
     """
     times: dict[int, tuple[Phone, ...]] = {}
-    with progress("phone times", "utterances", len(manifest)) as done:
-        for row in range(len(manifest)):
-            if phones := manifest[row].alignment:
-                times[row] = phones
+    rows = manifest.indices(has_alignment=True).tolist()
+    with progress("phone times", "utterances", len(rows)) as done:
+        for row in rows:
+            times[row] = manifest[row].alignment
             done(1)
     if times:
         return times, "corpus"

@@ -53,6 +53,7 @@ def test_rows_are_read_back(tmp_path, monkeypatch):
     assert manifest.indices("eval1").tolist() == [30]
     assert manifest.indices(has_words=True).tolist() == [30]
     assert manifest.indices("train", has_words=False).tolist() == list(range(30))
+    assert manifest.indices(has_alignment=True).tolist() == [30]
     assert counts == manifest.counts
     assert counts["utterances"] == 31
     assert counts["rejected"] == {"no audio": 1, "too short": 2}

@@ -11,7 +11,7 @@ import pytest
 
 from jahubert.audio import AudioSource
 from jahubert.phonemes import PhonemeSet
-from jahubert.train.data.manifest import Phone, Utterance
+from jahubert.train.data.manifest import Manifest, Phone, Utterance, write_manifest
 from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.report import html
 from jahubert.train.report.examples import Example, find_examples
@@ -114,7 +114,8 @@ def test_ids_with_unicode_line_separators_are_read(tmp_path):
     path.parent.mkdir(parents=True)
     line = {"row": 0, "id": "a\u2028b\x85c", "phones": [["a", 0, 320]]}
     path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
-    times, source = phone_times(tmp_path, [Utterance("a\u2028b\x85c", AudioSource("a.wav"))])
+    write_manifest(tmp_path / "m.arrow", [Utterance("a\u2028b\x85c", AudioSource("/a.wav"), n_samples=320)])
+    times, source = phone_times(tmp_path, Manifest(tmp_path / "m.arrow"))
     assert times == {0: (Phone("a", 0, 320),)} and "main" in source
 
 
