@@ -133,7 +133,7 @@ def quote(value: Any) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Replace the middle of a text that is longer than `length` by the number of omitted characters."""
+    """Replace the middle of a text that is longer than `length` with the number of omitted characters."""
     half = length // 2
     n_omitted = len(text) - 2 * half
     return f"{text[:half]} ... ({n_omitted:,} characters) ... {text[-half:]}" if n_omitted > 0 else text

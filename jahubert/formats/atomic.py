@@ -146,7 +146,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the temporary path for a file or folder, to which concurrent writers append a random suffix."""
+    """Return the temporary path for a file or folder. Concurrent writers add a random suffix to its name."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
 
 

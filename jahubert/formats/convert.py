@@ -93,7 +93,7 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
                 if bundle.unit_head is not None
             ]
             pairs.append((logits[0], logits[1]))
-    return float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())  # unlike max, keeps NaN
+    return float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())  # unlike `max`, this keeps NaN
 
 
 def _check_target(target: Path, to: str) -> None:

@@ -61,7 +61,7 @@ def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: 
 
     Args:
         blocks: log-probabilities (S, V) of consecutive frames.
-        max_frames: upper bound on the length of a segment. Cuts are in its last third.
+        max_frames: upper bound on the length of a segment. Cuts are in the last third of this length.
         pause: length in frames of the window whose mean blank probability is maximized. Cuts are at its
             center.
         blank: index of the blank symbol.

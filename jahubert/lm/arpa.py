@@ -23,8 +23,8 @@ MAX_LINE = 1 << 16  # maximum length of a line in bytes
 MAX_ORDER = 20
 _MAX_SKIPPED = 10_000  # maximum number of lines before the header, and of empty lines between sections
 _LN10 = math.log(10.0)
-# Base-10 logarithm that stands for a probability of zero in ARPA files (SRILM). Numbers below it, such as
-# -inf, are raised to it, because differences and products of infinite scores are NaN.
+# Base-10 logarithm that stands for a probability of zero in ARPA files (SRILM). It replaces smaller numbers,
+# such as -inf, because differences and products of infinite scores would be NaN.
 _ZERO = -99.0
 _GZIP_MAGIC = b"\x1f\x8b"
 

@@ -258,7 +258,7 @@ class _GeluConv(torch.autograd.Function):
         for start, stop in _parts(x, factor, ctx.width)[1]:
             rows = _rows(x, factor, ctx.width, start, stop)
             active = F.gelu(rows) if ctx.gelu else rows
-            # The first product covers whole rows, unless the kernel is narrower than the stride.
+            # The first product overwrites whole rows, unless the kernel is narrower than the stride.
             grad_rows = torch.empty_like(rows) if len(taps[0]) == ctx.width else torch.zeros_like(rows)
             for j, (tap, grad_tap) in enumerate(zip(taps, grad_taps, strict=True)):
                 begin = max(start, j)

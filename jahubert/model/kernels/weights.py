@@ -39,7 +39,7 @@ def shared_weight_copies(enabled: bool = True) -> Iterator[None]:
 
 
 def discard_weight_copies() -> None:
-    """Make new copies in the next forward pass inside `shared_weight_copies`."""
+    """Discard the copies of `shared_weight_copies`, so that the next forward pass makes new ones."""
     if _shared is not None:
         _shared.clear()
 
