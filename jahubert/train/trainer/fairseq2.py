@@ -46,7 +46,7 @@ from jahubert.train.trainer.loader import (
 )
 from jahubert.train.trainer.metric_log import MetricLog, Window
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
-from jahubert.train.trainer.parallel import wrap_blocks
+from jahubert.train.trainer.parallel import finds_unused_parameters, wrap_blocks
 from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_signals
 from jahubert.train.trainer.trainer import (
     DATA_SECONDS,
@@ -184,7 +184,7 @@ class _TrainingRun:
         config, wrapped = self.config, self.module
         if distributed.world() > 1:  # normalize_grads keeps its default True, because False fails
             wrapped = to_ddp(
-                self.module, self.gangs, find_unused_parameters=self.module.has_unused_parameters
+                self.module, self.gangs, find_unused_parameters=finds_unused_parameters(self.module)
             )
         optimizer = build_optimizer(self.module, config)
         fp16, unit = self.dtype is torch.float16, _Unit(self, wrapped)

@@ -46,7 +46,7 @@ class Parallel:
             return
         if not sharded:
             self.wrapped = DistributedDataParallel(
-                module, find_unused_parameters=bool(module.has_unused_parameters)
+                module, find_unused_parameters=finds_unused_parameters(module)
             )
             return
         from torch.distributed.fsdp import fully_shard
@@ -107,6 +107,17 @@ class Parallel:
             owner = self.module.get_submodule(prefix)
             if attribute in owner._parameters:
                 owner._parameters[attribute] = nn.Parameter(value)
+
+
+def finds_unused_parameters(module: nn.Module) -> bool:
+    """Return whether DDP must search each graph for parameters without gradients.
+
+    If it does not search, it changes its buckets after the first step of a process. With three or more
+    processes, this changes the order in which gradients are added, so that a resumed run on a CPU would not
+    be bit-identical to an uninterrupted one.
+    """
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    return bool(module.has_unused_parameters) or (on_cpu and distributed.world() > 2)
 
 
 def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) -> None:
