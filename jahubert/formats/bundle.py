@@ -147,14 +147,14 @@ def save_bundle(
         "language_model": None
         if language_model is None
         else {"weight": language_model.weight, "word_bonus": language_model.word_bonus},
-        "weights": weights_hash(hubert),
+        "weights": _tensors_hash(_as_loaded(hubert.state_dict(), dtype)),
         **(info or {}),
     }
     n_symbols = None if ctc is None else ctc.lm_head.out_features
     with atomic_folder(path) as folder:
         weights: nn.Module = hubert if ctc is None else ctc
         save_file(_savable(weights.state_dict(), dtype), folder / SAFE, metadata={"format": "pt"})
-        _write_json(folder / CONFIG, huggingface_config(hubert.config, phonemes, n_symbols))
+        _write_json(folder / CONFIG, huggingface_config(hubert.config, phonemes, n_symbols, dtype))
         _write_json(folder / PREPROCESSOR, preprocessor_config(hubert.config))
         if ctc is not None and phonemes is not None:
             _write_json(folder / VOCABULARY, vocabulary(phonemes))
@@ -177,8 +177,12 @@ def save_bundle(
 
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, shapes, dtypes and values of all tensors, whatever the file format."""
+    return _tensors_hash(model.state_dict())
+
+
+def _tensors_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
         digest.update(array.view(torch.uint8).numpy().tobytes() if array.numel() else b"")
@@ -187,6 +191,11 @@ def weights_hash(model: nn.Module) -> str:
 
 def _savable(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().to(dtype).contiguous().clone() for name, tensor in state.items()}
+
+
+def _as_loaded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors as they are after saving them in `dtype` and loading them."""
+    return {name: tensor.to(dtype).float() for name, tensor in state.items()}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

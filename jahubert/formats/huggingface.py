@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, quote
@@ -92,9 +93,14 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
 
 
 def huggingface_config(
-    config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None
+    config: HubertConfig, phonemes: PhonemeSet | None, n_symbols: int | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return the content of config.json. `n_symbols` is the CTC output size, or None without a CTC head."""
+    """Return the content of config.json.
+
+    Args:
+        n_symbols: output size of the CTC head, or None without a CTC head.
+        dtype: dtype of the weights in the file.
+    """
     settings = {key: getattr(config, name) for name, key in _KEYS.items()}
     return settings | {
         "model_type": "hubert",
@@ -108,7 +114,7 @@ def huggingface_config(
         "ctc_zero_infinity": True,
         "vocab_size": 32 if n_symbols is None else n_symbols,
         "pad_token_id": 0 if phonemes is None else phonemes.blank,  # index of the CTC blank
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 

@@ -175,7 +175,6 @@ def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
         return load_centroids(clusters / "centroids.safetensors")[0], UNIT_LAYER
 
 
-@torch.no_grad()
 def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
     """Write the recognizer in `exp` with a model card, and return the size in bytes.
 
@@ -198,9 +197,6 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
         raise ConfigError(f"{system}: its bundle has no CTC head")
-    # The weights are rounded to float16 first, so that the hash matches the weights in the file.
-    for tensor in bundle.ctc.state_dict().values():
-        tensor.copy_(tensor.half().float())
     info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     calibration = score / "calibration.json"
     if calibration.is_file():

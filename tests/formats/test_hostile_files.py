@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError, ConfigError
-from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.formats.bundle import load_bundle, save_bundle, weights_hash
 from jahubert.formats.safe_pickle import Record, read_pickled
 from jahubert.formats.state_dict import encoder_shapes
 from jahubert.limits import VARIABLE
@@ -172,6 +172,23 @@ def test_weights_hash_of_an_older_bundle_is_compared(signed):
     load_bundle(signed)
     (signed / "jahubert.json").write_text(json.dumps(info | {"weights": weights[::-1]}))
     assert_rejected(signed, "jahubert.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_memory", [torch.float32, torch.bfloat16])
+def test_edited_bundle_with_rounded_weights_opens_without_its_checksums(tmp_path, dtype, in_memory):
+    """The recorded hash is that of the weights in the file, so that the advice in the message works."""
+    model = model_of(KINDS["base"]).to(in_memory)
+    folder = save_bundle(tmp_path / "rounded", model=model, dtype=dtype)
+    info = json.loads((folder / "jahubert.json").read_text())
+    assert info["weights"] == weights_hash(load_bundle(folder).model)
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == str(dtype).split(".")[1]
+    (folder / "jahubert.json").write_text(json.dumps(info | {"note": "edited"}))
+    assert_rejected(folder, "jahubert.json")
+    for name in ("checksum", "files"):
+        del info[name]
+    (folder / "jahubert.json").write_text(json.dumps(info | {"note": "edited"}))
+    assert load_bundle(folder).info["note"] == "edited"
 
 
 # --- mismatches -------------------------------------------------------------------------------------------
