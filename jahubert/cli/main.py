@@ -410,7 +410,8 @@ def plan(args: argparse.Namespace) -> int:
 
     options, overrides = estimate.split_settings(args.settings)
     planned = estimate.make_plan(compose(overrides), configure_jobs(overrides), options)
-    print(json.dumps(estimate.plan_json(planned), indent=2) if args.json else estimate.plan_table(planned))
+    shown = json.dumps(estimate.plan_json(planned), indent=2) if args.json else estimate.plan_table(planned)
+    print(printable(shown))
     return 0
 
 
@@ -418,7 +419,7 @@ def status(args: argparse.Namespace) -> int:
     from jahubert.train.experiment.provenance import stage_states, status_table
 
     states = stage_states(Path(args.experiment))
-    print(json.dumps(states, ensure_ascii=False, indent=2) if args.json else status_table(states))
+    print(printable(json.dumps(states, ensure_ascii=False, indent=2) if args.json else status_table(states)))
     return 0
 
 

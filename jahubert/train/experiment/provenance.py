@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jahubert.errors import DataError, StaleError
+from jahubert.errors import DataError, StaleError, quote
 from jahubert.formats.atomic import PREFIX, atomic_write
 from jahubert.formats.hub import model_files
 from jahubert.train.experiment import checksums
@@ -30,6 +30,13 @@ from jahubert.train.experiment.lock import lock_owner
 from jahubert.train.experiment.registry import PER_DECODING, source_file, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"
+_RECORD_FIELDS: dict[str, Any] = {
+    "fingerprint": str,
+    "settings": dict,
+    "metrics": dict,
+    "outputs": dict,
+    "seconds": (int, float),
+}
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
 
 
@@ -163,10 +170,22 @@ def verify_files(path: Path, large: bool = True) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a stage wrote, and check the types of the fields of `DONE` and `STARTED`.
+
+    Raises:
+        DataError: the file is unreadable or has other contents.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"found {quote(record)} instead of an object")
+        if path.name in (STARTED, DONE):
+            for name, kind in _RECORD_FIELDS.items():
+                if (name in record or name == "fingerprint") and not isinstance(record.get(name), kind):
+                    raise ValueError(f"{name} is {quote(record.get(name))}")
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: unreadable ({error}); delete {path.parent} and rerun its stage") from error
+    return record
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -313,11 +332,11 @@ def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Return the progress of an unfinished stage and a description of the process that is running it."""
     owner = lock_owner(folder)
     last = _last_training_metrics(folder / "metrics.jsonl")
-    max_steps = record.get("settings", {}).get("train.max_steps")
+    step, max_steps = last.get("step"), record.get("settings", {}).get("train.max_steps")
     activity = f"running: {owner}" if owner else "stopped: rerun the same command to resume"
     progress: dict[str, Any] = {"state": "running" if owner else "stopped", "at": activity}
-    if last and max_steps:
-        progress |= {"state": f"{100 * last['step'] // max_steps} %", "last": last}
+    if isinstance(step, int) and isinstance(max_steps, int) and max_steps > 0:
+        progress |= {"state": f"{100 * step // max_steps} %", "last": last}
     return progress
 
 
@@ -329,7 +348,7 @@ def _last_training_metrics(path: Path) -> dict[str, Any]:
             complete = [line for line in file.read().splitlines() if line[:1] == b"{" and line[-1:] == b"}"]
         lines = map(json.loads, reversed(complete))
         return next((line for line in lines if "lr" in line), {})
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

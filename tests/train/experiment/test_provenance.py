@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jahubert.cli.main import main
 from jahubert.errors import DataError, StaleError
 from jahubert.train.experiment.config import runtime_field
 from jahubert.train.experiment.lock import run_lock
@@ -226,3 +227,26 @@ def test_status_shows_state_and_metrics(tmp_path, source):
     assert stage_states(exp)[0]["metrics"] == {"inertia": 2.5, "backend": "torch"}
     with pytest.raises(DataError, match="nothing"):
         stage_states(tmp_path / "nothing")
+
+
+def test_record_of_other_types_is_rejected(tmp_path):
+    fields = ("metrics", "settings", "outputs", "seconds", "fingerprint")
+    records: list[object] = [{"fingerprint": "f"} | {key: value} for key in fields for value in (None, [1])]
+    folder = tmp_path / "exp" / "kmeans"
+    folder.mkdir(parents=True)
+    (folder / STARTED).write_text('{"fingerprint": "f"}')
+    for content in ("[]", "1", "{}", "[" * 100_000, *map(json.dumps, records)):
+        for name in (DONE, STARTED):
+            (folder / DONE).unlink(missing_ok=True)
+            (folder / name).write_text(content)
+            with pytest.raises(DataError, match=name):
+                stage_states(tmp_path / "exp")
+        (folder / STARTED).write_text('{"fingerprint": "f"}')
+
+
+def test_status_escapes_control_characters(tmp_path, source, capsys):
+    folder = tmp_path / "exp" / "a\x1b[2Jb"
+    acquire(folder, stage_inputs("kmeans", 1, Config(source)))
+    finish(folder, {}, {"backend": "x\x1b[31m"}, 3.0)
+    assert main(["status", str(tmp_path / "exp")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
