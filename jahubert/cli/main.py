@@ -544,9 +544,6 @@ def audio_commands(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument("--language", type=str.lower, choices=["ja", "japanese"], help=argparse.SUPPRESS)
     sub.add_argument("--task", choices=["transcribe"], help=argparse.SUPPRESS)
-    sub.add_argument(
-        "--verbose", nargs="?", type=str.lower, choices=["true", "false"], help=argparse.SUPPRESS
-    )
     lm = sub.add_mutually_exclusive_group()
     lm.add_argument(
         "--lm", metavar="FILE",

@@ -494,7 +494,7 @@ def test_convert_reports_an_unwritable_output(bundle, folder, capsys, monkeypatc
     ("options", "ending"),
     [
         (["--output_dir", "out", "--output_format", "SRT", "--language", "ja"], ".srt"),
-        (["-o", "out", "-f", "TXT", "--beam_size", "2", "--threads", "1", "--verbose", "False"], ".txt"),
+        (["-o", "out", "-f", "TXT", "--beam_size", "2", "--threads", "1"], ".txt"),
     ],
 )
 def test_whisper_options_are_accepted(bundle, folder, options, ending):

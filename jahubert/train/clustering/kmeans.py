@@ -11,7 +11,7 @@ from jahubert.train.clustering.frames import Frames
 from jahubert.train.clustering.lloyd import KmeansOptions, NearestCentroid, assign_pass, fit_lloyd
 from jahubert.train.clustering.peers import fit_faiss, fit_sklearn
 
-_BACKENDS = {"auto": fit_lloyd, "torch": fit_lloyd, "faiss": fit_faiss, "sklearn": fit_sklearn}
+_BACKENDS = {"torch": fit_lloyd, "faiss": fit_faiss, "sklearn": fit_sklearn}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
         counts_K=fitted.statistics.counts_K.cpu(),
         history=fitted.history,
         reseeded=fitted.reseeded,
-        backend="torch" if backend == "auto" else backend,
+        backend=backend,
     )
 
 

@@ -28,7 +28,7 @@ from jahubert.train.clustering.frames import CachedFrames, Frames, Subset, draw_
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
 
-Backend = Literal["auto", "torch", "faiss", "sklearn"]
+Backend = Literal["torch", "faiss", "sklearn"]
 
 _LANES = 16  # number of separate partial sums, regardless of the number of processes
 _CHUNK_BYTES = 1 << 22  # maximum size of a chunk, unless a single block (`_block_rows`) is larger
@@ -48,7 +48,7 @@ class KmeansOptions:
 
     Args:
         n_clusters: number of clusters K.
-        backend: implementation of k-means. "auto" selects "torch", which is implemented in this file.
+        backend: implementation of k-means. "torch" is implemented in this file.
             "sklearn" is for reference: it runs MiniBatchKMeans with fairseq's arguments, and ignores
             `n_init`, `max_iter`, `tol` and `lloyd_frames`.
         n_init: number of initializations, of which the best one is used.
@@ -65,7 +65,7 @@ class KmeansOptions:
     """
 
     n_clusters: int
-    backend: Backend = "auto"
+    backend: Backend = "torch"
     n_init: int = 1
     max_iter: int = 50
     tol: float = 1e-4

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -53,10 +53,12 @@ class MaskConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
     wav_BT: Tensor  # float32, zero-padded
     n_samples_B: Tensor  # int64, on the CPU
+
+    ON_CPU: ClassVar[tuple[str, ...]] = ("n_samples_B", "n_target_B")  # tensors that `to` does not move
 
     def to(self: B, device: torch.device) -> B:
         """Return a copy whose large tensors are on `device`. Lengths stay on the CPU, where they are used."""
@@ -73,8 +75,8 @@ class _Batch:
         """
         other = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and not name.startswith("n_"):
-                vars(other)[name] = change(value)
+            if isinstance(value, Tensor) and name not in self.ON_CPU:
+                setattr(other, name, change(value))
         return other
 
     @property
@@ -82,7 +84,7 @@ class _Batch:
         return self.n_samples_B.sum().item() / SAMPLE_RATE
 
 
-@dataclass(frozen=True)
+@dataclass
 class PretrainBatch(_Batch):
     """Pretraining batch: waveforms, frame masks, and the units of the masked frames."""
 
@@ -96,14 +98,14 @@ class PretrainBatch(_Batch):
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
     def __post_init__(self) -> None:
-        vars(self)["masked_index_N"] = self.mask_BS.flatten().nonzero()[:, 0]
+        self.masked_index_N = self.mask_BS.flatten().nonzero()[:, 0]
         if len(self.masked_index_N) != len(self.unit_N):
             raise DataError(
                 f"expected one unit per masked frame ({len(self.masked_index_N)}), found {len(self.unit_N)}"
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class CtcBatch(_Batch):
     """Fine-tuning batch: waveforms, frame and channel masks, and the concatenated target symbols."""
 

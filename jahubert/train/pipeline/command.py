@@ -58,8 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
         "-h", "--help", action="store_true", help="print this help, and the settings if any are given"
     )
     options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
-    # Accepted for compatibility with Hydra; settings are always resolved.
-    options.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
     options.add_argument(
         "-m", "--multirun", action="store_true",

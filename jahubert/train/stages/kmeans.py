@@ -6,7 +6,7 @@ Writes  centroids.safetensors, with feature, layer and model in its metadata
 With the backend `torch`, all processes share the work and read the sample in blocks, so that it need not fit
 in memory.
 
-    python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=torch
+    python -m jahubert.run recipe=demo stage=kmeans iteration=1 kmeans.backend=faiss
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VERSION = 2
 class Config:
     features: Path  # output folder of the features stage
     n_clusters: int = 100  # number of clusters
-    backend: Literal["auto", "torch", "faiss", "sklearn"] = "auto"  # k-means implementation; auto: torch
+    backend: Literal["torch", "faiss", "sklearn"] = "torch"  # k-means implementation
     n_init: int = 3  # number of initializations, of which the best one is used
     max_iter: int = 100  # maximum number of passes over all frames (or the sample of lloyd_frames)
     # Maximum number of frames for Lloyd's algorithm. If there are more, it runs on a sample of this size, and

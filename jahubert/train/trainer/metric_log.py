@@ -56,8 +56,6 @@ class MetricLog:
     def trim(self, step: int) -> None:
         """Drop what a killed run logged after `step`, and open the tracker, so that logging can continue."""
         if distributed.rank() == 0:
-            for message in self.config.warnings(distributed.world()):
-                log.warning("%s", message)
             trim_metrics(self.out / "metrics.jsonl", step)
             self.tracker = open_tracker(self.config, self.out, step)
 

@@ -110,12 +110,6 @@ class TrainConfig:
         if processes > fewest:
             raise ConfigError(f"train.batch_seconds: {too_few_utterances(fewest, sizes, processes)}")
 
-    def warnings(self, processes: int) -> list[str]:
-        """Return warnings about settings that have no effect with the given number of processes."""
-        if self.sharded and processes == 1:
-            return ["sharded=true has no effect with a single process"]
-        return []
-
 
 def lr_at(step: int, config: TrainConfig) -> float:
     """Compute the learning rate of a step, counted from 0.

@@ -157,6 +157,8 @@ def train(
     """
     data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
+    if config.sharded and distributed.world() == 1:
+        log.warning("train.sharded=true has no effect with a single process")
     run = _TrainingRun(module, data, config, out)
     run.restore()
     with stop_signals() as run.stop, closing(run):

@@ -25,7 +25,7 @@ def planted(n_clusters: int, per_cluster: int, dim: int, spread: float = 0.1, se
     return torch.from_numpy(frames.astype(np.float32)), torch.from_numpy(centers).float(), cluster
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "faiss", "sklearn"])
+@pytest.mark.parametrize("backend", ["torch", "faiss", "sklearn"])
 def test_planted_clusters_are_recovered(backend):
     if backend == "faiss":
         pytest.importorskip("faiss")
@@ -40,7 +40,7 @@ def test_planted_clusters_are_recovered(backend):
     labels = assign(frames, result.centroids_KD)
     assert labels.dtype == torch.int64
     assert torch.equal(nearest.indices[cluster], labels)
-    assert result.backend == ("torch" if backend == "auto" else backend)
+    assert result.backend == backend
 
 
 def test_coarse_to_fine_converges_to_a_fixed_point_of_lloyd(monkeypatch):
