@@ -46,7 +46,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _complete_all_arguments(text: str) -> str:
-    """Make a script complete every argument of a list. shtab's zsh and tcsh scripts complete the first."""
+    """Make a script complete all arguments of a list. shtab completes only the first in zsh and tcsh."""
     text = re.sub(r'^( *")\(\*\)::?', r"\1*:", text, flags=re.MULTILINE)  # zsh
     settings = [f"'c/{key}=/({' '.join(values)})/'" for key, values in _setting_values().items()]
     return text.replace("'p/*/()/'", " ".join([*settings, "'p/*/f/'"]))  # tcsh
