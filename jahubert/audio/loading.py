@@ -124,12 +124,13 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
-        return _resampled_length(max(np.shape(array), default=0), rate)
-    with _open(source) as (name, decoders):
-        length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
-        if length == 0:
-            raise AudioError(f"{name} contains no audio (0 samples at 16 kHz)")
-        return length
+        name, length = "the array", _resampled_length(len(_array(array)), rate)
+    else:
+        with _open(source) as (name, decoders):
+            length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
+    if length == 0:
+        raise AudioError(f"{name} contains no audio (0 samples at 16 kHz)")
+    return length
 
 
 def is_recording(audio: Any) -> bool:
@@ -224,8 +225,8 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
         raise AudioError(
             f"audio arrays must contain floats, uint8, int8, int16 or int32, but the dtype is {source.dtype}"
         )
-    if samples.ndim == 1:
-        return samples[:, None]
+    if samples.ndim == 1 or not samples.size:
+        return samples.reshape(-1, 1)
     return samples.T if samples.shape[0] < samples.shape[1] else samples
 
 

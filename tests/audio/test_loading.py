@@ -81,6 +81,26 @@ def test_stereo_is_averaged_in_either_orientation():
     assert audio_length(stereo) == audio_length(stereo.T) == 32_000
 
 
+@pytest.mark.parametrize(
+    ("array", "rate"),
+    [
+        (np.zeros(0, np.float32), None),
+        (np.zeros((2, 0), np.float32), None),
+        (torch.zeros(0), None),
+        (np.zeros(1, np.float32), 48_000),
+        (np.zeros((2, 3, 4), np.float32), None),
+        (np.zeros((), np.float32), None),
+        (np.zeros(8, np.complex64), None),
+        (np.zeros(8, np.int64), None),
+        ([], None),
+    ],
+)
+def test_arrays_that_cannot_be_loaded_have_no_length(array, rate):
+    for function in (load_audio, audio_length):
+        with pytest.raises(AudioError):
+            function(array, rate)
+
+
 def test_array_types_are_scaled_by_their_full_scale():
     half = {np.int16: 2**14, np.int32: 2**30, np.uint8: 192, np.int8: 64, np.float64: 0.5, np.float16: 0.5}
     for dtype, value in half.items():
