@@ -91,12 +91,13 @@ def find_inputs(
         _check_output(Path(into))
         owner: dict[Path, str] = {}
         for item in recordings:
-            other = owner.setdefault(item.base, item.label)
-            if other is not item.label:
+            if item.base in owner:
                 target = Path(into, str(item.base) + ending)
                 raise ConfigError(
-                    f"{other} and {item.label} would both write {target}; use two output folders"
+                    f"{owner[item.base]} and {item.label} would both write {target}; use two output folders, "
+                    "or give each recording once"
                 )
+            owner[item.base] = item.label
     return recordings, empty
 
 
@@ -171,7 +172,9 @@ class CommandProgress:
         speed = self.seconds / max(time.monotonic() - self.started, 1e-9)
         minutes, seconds = divmod(round(self.seconds), 60)
         audio = f"  {minutes}:{seconds:02d} of audio, {speed:.0f}x real time" if self.seconds else ""
-        line = f"[{'#' * filled}{'.' * (BAR - filled)}] [{self.n_seen}/{self.n_inputs}]{audio}  {self.label}"
+        bar = f"[{'#' * filled}{'.' * (BAR - filled)}] [{self.n_seen}/{self.n_inputs}]"
+        label = printable(self.label).replace("\n", "\\n")
+        line = f"{bar}{audio}  {label}"
         width = shutil.get_terminal_size().columns - 1  # a line that is wrapped could not be cleared
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 

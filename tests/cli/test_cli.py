@@ -221,6 +221,23 @@ def test_progress_is_shown_on_a_terminal_only(bundle, folder, capsys, monkeypatc
     assert "[2/2]" in err and "[" not in out
 
 
+def test_progress_escapes_control_characters_of_file_names(bundle, folder, capsys, monkeypatch):
+    name = "a\x1b]0;title\x07\n.wav"
+    Path("data", name).write_bytes(Path("data/a.wav").read_bytes())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["units", "--model", bundle, "-o", "out", f"data/{name}"]) == 0
+    err = capsys.readouterr().err
+    assert "[1/1]" in err and "title" in err
+    assert "\x1b]" not in err and "\x07" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["transcribe", "features", "units"])
+def test_recording_given_twice_is_rejected(bundle, folder, capsys, command):
+    twice = "data/a.wav"  # the same object, as for an interned string
+    assert main([command, "--model", bundle, "-o", "out", twice, twice]) == 2
+    assert "would both write" in capsys.readouterr().err and not Path("out").exists()
+
+
 def test_progress_is_updated_within_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
     soundfile.write(tmp_path / "long.wav", syllables(95.0).numpy(), 16_000)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
