@@ -361,6 +361,8 @@ def _shown(value: Any) -> str:
 def convert(args: argparse.Namespace) -> int:
     if Path(args.source, "units.bin").is_file():
         return convert_labels(args)
+    if args.manifest is not None:
+        raise ConfigError(f"--manifest applies only to units, but {args.source} contains none (units.bin)")
     if args.to in CORPUS_FORMATS:
         return export_corpus(args)
     from jahubert.formats import convert as conversion

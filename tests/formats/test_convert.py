@@ -199,6 +199,14 @@ def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, cap
         convert(tmp_path / "a", tmp_path / "c", "tensorrt")
 
 
+def test_manifest_for_other_sources_than_units_is_rejected(tmp_path, capsys):
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+    for to in ("hf", "kaldi"):
+        command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", to, "--manifest", "m.arrow"]
+        assert cli.main(command) == 2
+        assert "--manifest" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
     """The settings are written before the weights. An unrelated file in place of them is never replaced."""
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
