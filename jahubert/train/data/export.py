@@ -9,7 +9,9 @@ writes FLAC files.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +122,7 @@ def _write_lhotse(manifest: Manifest, rows: list[int], folder: Path, split: str)
 def _cut(item: Utterance, path: Path, first: int, n_samples: int) -> dict[str, Any]:
     start, duration = first / SAMPLE_RATE, item.n_samples / SAMPLE_RATE
     recording: dict[str, Any] = {
-        "id": path.stem,
+        "id": _recording_id(path),
         "sources": [{"type": "file", "channels": [0], "source": str(path)}],
         "sampling_rate": SAMPLE_RATE,
         "num_samples": n_samples,
@@ -148,6 +150,11 @@ def _cut(item: Utterance, path: Path, first: int, n_samples: int) -> dict[str, A
         "custom": {"split": item.split},
         "type": "MonoCut",
     }
+
+
+def _recording_id(path: Path) -> str:
+    """Return the stem of a file and a hash of its path, because stems need not be unique in a corpus."""
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 # --- Hugging Face datasets ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tarfile
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_lhotse_cuts_are_read_back(manifest, tmp_path):
         ("t1", 0, 3 * RATE),
         ("w/1", 0, manifest[2].n_samples),
     ]
+
+
+def test_lhotse_recordings_of_equal_names_have_different_ids(tmp_path):
+    items = []
+    for speaker in ("s1", "s2"):
+        (tmp_path / speaker).mkdir()
+        path = tmp_path / speaker / "001.wav"
+        soundfile.write(path, 0.1 * np.ones(RATE), RATE, subtype="PCM_16")
+        for start in (0, 8_000):
+            items.append(Utterance(f"{speaker}-{start}", AudioSource(str(path)), start, 8_000, speaker, "あ"))
+    write_manifest(tmp_path / "m.arrow", items)
+    export_corpus(Manifest(tmp_path / "m.arrow"), tmp_path / "lhotse", "lhotse")
+    with gzip.open(tmp_path / "lhotse" / "cuts_train.jsonl.gz", "rt", encoding="utf-8") as file:
+        cuts = [json.loads(line) for line in file]
+    ids = {cut["recording"]["sources"][0]["source"]: cut["recording"]["id"] for cut in cuts}
+    assert len(ids) == len(set(ids.values())) == 2
+    assert all(cut["supervisions"][0]["recording_id"] == cut["recording"]["id"] for cut in cuts)
 
 
 def test_datasets_folder_has_one_file_per_utterance(manifest, tmp_path):
