@@ -28,6 +28,7 @@ if sys.platform != "win32":
 
 PREFIX = ".tmp-"
 _FOLDER, _REPLACED = ".new", ".old"  # suffixes of temporary folders for new and for replaced content
+_DIGITS = 8  # number of hexadecimal digits in the name of a temporary file
 _CONTENT = "content"  # name of a file in a temporary folder
 
 
@@ -118,17 +119,25 @@ def _restore(path: Path, replaced: Path) -> None:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files and folders that killed processes left in `folder`.
 
+    The old content of a folder that a killed process was replacing is restored by the next write to this
+    folder if its new content is missing, and is removed otherwise.
+
     Args:
         name: the file or folder in `folder` that the processes were writing (default: any).
     """
     start = PREFIX if name is None else temporary_path(folder / name).name
+    present = {temporary_path(path).name for path in folder.iterdir()} if folder.is_dir() else set()
     for temporary in folder.glob(start + "*"):
         if temporary.suffix in (_FOLDER, _REPLACED):
             continue
         with suppress(OSError), temporary.open("r+b") as file:
             if _lock(file.fileno()):
                 shutil.rmtree(temporary.with_name(temporary.name + _FOLDER), ignore_errors=True)
-                temporary.unlink()
+                replaced = temporary.with_name(temporary.name + _REPLACED)
+                if temporary.name[: len(PREFIX) + _DIGITS] in present:
+                    shutil.rmtree(replaced, ignore_errors=True)
+                if not replaced.exists():  # otherwise, the next writer uses the same temporary file
+                    temporary.unlink()
 
 
 def remove_folder(folder: Path) -> None:
@@ -147,7 +156,7 @@ def remove_folder(folder: Path) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Return the temporary path for a file or folder. Concurrent writers add a random suffix to its name."""
-    return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
+    return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:_DIGITS])
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from jahubert.formats.atomic import (
     atomic_write,
     remove_folder,
     remove_leftovers,
+    temporary_path,
 )
 
 
@@ -214,6 +215,28 @@ def test_folder_replaced_by_a_killed_process_comes_back(tmp_path, monkeypatch):
     with pytest.raises(ValueError), atomic_folder(tmp_path / "b"):
         raise ValueError
     assert names(tmp_path / "b") == ["1"] and names(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("name", [None, "b"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_replaced_content_is_removed_only_next_to_the_new_one(tmp_path, name, complete):
+    """`.old` is left behind by a process that was killed before it deleted the replaced folder."""
+    with atomic_folder(tmp_path / "b") as folder:
+        (folder / "2").touch()
+    temporary = temporary_path(tmp_path / "b")
+    temporary.touch()
+    replaced = temporary.with_name(temporary.name + ".old")
+    if complete:
+        replaced.mkdir()
+        (replaced / "1").touch()
+    else:
+        (tmp_path / "b").rename(replaced)
+    remove_leftovers(tmp_path, name)
+    if not complete:
+        assert names(replaced) == ["2"]
+        with pytest.raises(ValueError), atomic_folder(tmp_path / "b"):
+            raise ValueError  # restores the old content
+    assert names(tmp_path) == ["b"] and names(tmp_path / "b") == ["2"]
 
 
 def test_folder_does_not_replace_a_file(tmp_path):
