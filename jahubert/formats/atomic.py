@@ -178,13 +178,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
         try:
             if os.fstat(descriptor).st_size:
                 os.ftruncate(descriptor, 0)
+            if sys.platform == "win32":  # an open file can be neither renamed nor removed
+                os.close(descriptor)
             yield temporary
         finally:
-            try:
-                if _has_name(descriptor, temporary):
-                    temporary.unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
+            if sys.platform == "win32":
+                temporary.unlink(missing_ok=True)
+            else:
+                _release(descriptor, temporary)
     except BaseException as error:  # torch's CheckpointException is not an Exception
         failure = file_system_error(error, path)
         if failure is None:
@@ -194,6 +195,15 @@ def temporary_file(path: Path) -> Iterator[Path]:
         if failure is error:
             raise
         raise failure from error
+
+
+def _release(descriptor: int, temporary: Path) -> None:
+    """Remove a temporary file, unless it was renamed, and unlock it."""
+    try:
+        if _has_name(descriptor, temporary):
+            temporary.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:

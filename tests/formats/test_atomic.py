@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jahubert.errors import DataError, exit_status
+from jahubert.formats import atomic
 from jahubert.formats.atomic import (
     PREFIX,
     atomic_folder,
@@ -261,3 +264,29 @@ def test_folder_that_cannot_be_deleted_is_an_error(tmp_path, monkeypatch):
     assert caught.value.filename == str(tmp_path / "shards")
     remove_folder(tmp_path / "shards")
     assert not names(tmp_path)
+
+
+def test_files_are_closed_before_they_are_renamed_on_windows(tmp_path, monkeypatch):
+    """Windows renames and removes only closed files."""
+
+    def open_files():
+        links = (path for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+        return [path for path in links if PREFIX in os.path.realpath(path)]
+
+    class ClosedPath(type(tmp_path)):
+        def replace(self, target):
+            assert not open_files()
+            return super().replace(target)
+
+    monkeypatch.setattr(atomic, "sys", SimpleNamespace(platform="win32"))
+    path = ClosedPath(tmp_path / "a.txt")
+    for content in ("first", "second"):
+        with atomic_write(path) as file:
+            file.write(content)
+    with atomic_path(ClosedPath(tmp_path / "b.bin")) as temporary:
+        temporary.write_bytes(b"content")
+        assert not open_files()
+    with pytest.raises(ValueError, match="stop"), atomic_write(path):
+        raise ValueError("stop")
+    assert path.read_text() == "second" and (tmp_path / "b.bin").read_bytes() == b"content"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.bin"]
