@@ -2,6 +2,7 @@
 
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
+    tokenizer_config.json                                       CTC models of phones
     jahubert.json                                               format, symbols, centroid layer, checksums
     centroids.safetensors  pretraining_heads.safetensors        if present
     language_model.arpa.gz                                      if present: n-gram over the symbols
@@ -36,10 +37,12 @@ from jahubert.formats.huggingface import (
     CONFIG,
     PREPROCESSOR,
     SAFE,
+    TOKENIZER,
     VOCABULARY,
     huggingface_config,
     preprocessor_config,
     read_huggingface,
+    tokenizer_config,
     vocabulary,
 )
 from jahubert.formats.model_card import model_card
@@ -158,6 +161,8 @@ def save_bundle(
         _write_json(folder / PREPROCESSOR, preprocessor_config(hubert.config))
         if ctc is not None and phonemes is not None:
             _write_json(folder / VOCABULARY, vocabulary(phonemes))
+            if (tokenizer := tokenizer_config(phonemes)) is not None:
+                _write_json(folder / TOKENIZER, tokenizer)
         if unit_head is not None:
             heads = unit_head.state_dict()
             if special_rows is not None:

@@ -33,7 +33,8 @@ from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
 
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
-CONFIG, PREPROCESSOR, VOCABULARY = "config.json", "preprocessor_config.json", "vocab.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+VOCABULARY, TOKENIZER = "vocab.json", "tokenizer_config.json"
 # HubertConfig field -> key in Hugging Face's configuration.
 _KEYS = {
     "conv_dims": "conv_dim",
@@ -139,6 +140,17 @@ def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
     return {names.get(symbol, symbol): row for row, symbol in enumerate(phonemes.symbols)}
 
 
+def tokenizer_config(phonemes: PhonemeSet) -> dict[str, Any] | None:
+    """Return the content of tokenizer_config.json, or None if the default tokenizer for HuBERT is suitable.
+
+    The default tokenizer joins the symbols of a word. Phones, which can have several characters, then become
+    ambiguous; the phoneme tokenizer separates all symbols by spaces.
+    """
+    if not phonemes.are_phones:
+        return None
+    return {"tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer", "do_phonemize": False, "pad_token": "<pad>"}
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the tensors in a folder from one file or from the shards listed in an index."""
     for name in (SAFE, BIN):
@@ -209,7 +221,7 @@ def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> Phonem
             f"{folder / CONFIG}: pad_token_id, the CTC blank, is {blank}, but the head has {n_rows} "
             "outputs; set it to the blank index used in training"
         )
-    tokenizer = folder / "tokenizer_config.json"
+    tokenizer = folder / TOKENIZER
     delimiter = typed_item(
         tokenizer, _content(read_optional_json(tokenizer)), "word_delimiter_token", str, BOUNDARY
     )

@@ -136,7 +136,8 @@ class FeatureExtractor:
 
     Args:
         model: the encoder, which is set to eval mode and moved to `device`.
-        layer, weights: see `LayerFeatures`.
+        layer: see `LayerFeatures`.
+        weights: see `LayerFeatures`.
         device: device of the model (default: a GPU if available).
         dtype: autocast dtype, which is torch.float32, bfloat16 or float16. Results are float32.
         chunk_seconds: length of the overlapping chunks in which longer recordings are encoded to bound

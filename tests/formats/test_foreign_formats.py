@@ -259,6 +259,8 @@ def test_bundle_opens_in_transformers(tmp_path, kind):
     assert same_state(reference, ctc)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "b")
     assert processor.tokenizer.pad_token_id == 0
+    words = [("ky", "o:"), ("sh", "i")]
+    assert processor.tokenizer.decode(phonemes.encode(words)) == "ky o: | sh i"
     wav_T = 0.1 * torch.randn(9_000)
     inputs = processor(wav_T.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,20 @@ def test_public_name_has_a_docstring(name: str) -> None:
         if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{name}(")
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_documented_arguments_are_parameters(name: str) -> None:
+    """The reference pages are generated from these sections; an unknown name fails the build of the site."""
+    unknown = []
+    for path, value in members(name):
+        section = re.search(r"^Args:\n((?:[ ]{4}.*\n|\n)+)", f"{inspect.getdoc(value)}\n", re.MULTILINE)
+        named = re.findall(r"^ {4}(\S[^:(]*)(?: \(.*\))?:", section[1], re.MULTILINE) if section else []
+        if named:
+            unknown += [
+                f"{path}: {argument}" for argument in {*named} - {*inspect.signature(value).parameters}
+            ]
+    assert not unknown
 
 
 @pytest.mark.slow
