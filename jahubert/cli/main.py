@@ -52,11 +52,9 @@ MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
 TRAIN_PACKAGES = {
     "hydra": "hydra-core",
     "jiwer": "jiwer",
-    "librosa": "librosa",
     "matplotlib": "matplotlib",
     "omegaconf": "hydra-core",
     "pyarrow": "pyarrow",
-    "sklearn": "scikit-learn",
     "tqdm": "tqdm",
     "yaml": "hydra-core",
 }

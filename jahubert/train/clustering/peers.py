@@ -81,7 +81,7 @@ def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.n
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train") from error
+        raise MissingExtraError("scikit-learn", "sklearn") from error
     kmeans = MiniBatchKMeans(
         n_clusters=n_clusters,
         init="k-means++",

@@ -146,7 +146,7 @@ def test_invalid_input_is_rejected(monkeypatch):
     for backend in ("torch", "sklearn"):
         with pytest.raises(DataError, match="NaN"):
             fit_kmeans(broken, KmeansOptions(2, backend=backend))
-    for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "train")):
+    for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "sklearn")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
             fit_kmeans(frames, KmeansOptions(2, backend=backend))
