@@ -304,8 +304,14 @@ def units(args: argparse.Namespace) -> int:
 
     extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
 
+    # Chunked recordings are computed one by one, because they may be too long to be prefetched.
+    sources = (item.open() for item in inputs)
+    whole = extractor.many(sources, errors="return") if args.chunk_seconds is None else None
+
     def work(item: Input) -> str | None:
-        unit_ids = extractor(item.open())
+        unit_ids = extractor(item.open()) if whole is None else next(whole)
+        if isinstance(unit_ids, Exception):
+            raise unit_ids
         unit_ids = unit_ids.unique_consecutive() if args.unique else unit_ids
         if args.output is not None:
             save_array(unit_ids, Path(args.output, f"{item.base}.npy"))

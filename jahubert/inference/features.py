@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal, overload
 
 import torch
@@ -26,10 +27,11 @@ PREFETCH = 32  # number of recordings to decode ahead
 
 def prefetch_audio(
     audio: Iterable[AudioLike], sample_rate: int | None = None
-) -> Iterator[tuple[AudioLike, Tensor | Exception]]:
+) -> Generator[tuple[AudioLike, Tensor | Exception], None, None]:
     """Yield recordings in order, each with its 16 kHz waveform (T,) or the exception raised by reading it.
 
-    The next `PREFETCH` recordings are decoded in background threads.
+    The next `PREFETCH` recordings are decoded in background threads, except for open streams, which may block
+    and are read when they are reached.
     """
 
     def read(item: AudioLike) -> Tensor | Exception:
@@ -38,7 +40,10 @@ def prefetch_audio(
         except Exception as error:
             return error
 
-    return prefetch(read, audio, PREFETCH)
+    ahead = prefetch(lambda item: None if hasattr(item, "read") else read(item), audio, PREFETCH)
+    with closing(ahead):
+        for item, wav in ahead:
+            yield item, read(item) if wav is None else wav
 
 
 class LayerFeatures(nn.Module):

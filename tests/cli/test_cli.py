@@ -212,6 +212,31 @@ def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def test_units_of_a_folder_are_computed_in_batches(bundle, folder, capsys, monkeypatch):
+    """The results equal those of single files, and an error affects only its recording."""
+    single = {}
+    for path in ("data/a.wav", "data/sub/日本語 名前.flac"):
+        assert main(["units", "--model", bundle, path]) == 0
+        single[path] = capsys.readouterr().out
+    encode, batches = jahubert.FeatureExtractor.encode, []
+
+    def counted(self, wavs):
+        batches.append(len(wavs))
+        if len(wavs) > 1 and "fail" in batches:
+            raise RuntimeError("out of memory")
+        return encode(self, wavs)
+
+    monkeypatch.setattr(jahubert.FeatureExtractor, "encode", counted)
+    Path("data/bad.wav").write_bytes(b"RIFFnothing")
+    expected = "".join(f"{path}\t{units}" for path, units in single.items())
+    for mode, sizes in (("whole", [2]), ("fail", [2, 1, 1])):
+        batches[:] = [mode]
+        assert main(["units", "--model", bundle, "data"]) == 2
+        out, err = capsys.readouterr()
+        assert out == expected and "data/bad.wav" in err and "1 of 3 failed" in err
+        assert batches == [mode, *sizes]
+
+
 def test_progress_is_shown_on_a_terminal_only(bundle, folder, capsys, monkeypatch):
     main(["transcribe", "--model", bundle, "data"])
     assert capsys.readouterr().err == ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -189,6 +191,25 @@ def test_encoding_errors_are_returned_for_the_recordings_that_cause_them(model, 
                 torch.testing.assert_close(output, encode([wav])[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(MemoryError):
         list(extractor.many(wavs))
+
+
+def test_streams_are_read_when_they_are_reached():
+    """A stream may block, and several streams may read from the same source."""
+    read = []
+
+    class Stream(io.BytesIO):
+        def read(self, *size):
+            read.append((self, threading.current_thread()))
+            return super().read(*size)
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise(800).numpy(), 16_000, format="WAV", subtype="FLOAT")
+    streams = [Stream(buffer.getvalue()) for _ in range(3)]
+    for stream, (_, wav) in zip(streams, prefetch_audio(streams), strict=True):
+        torch.testing.assert_close(wav, noise(800))
+        assert {reader for reader, _ in read} == {stream}
+        assert {thread for _, thread in read} == {threading.current_thread()}
+        read.clear()
 
 
 def test_prefetching_is_bounded(monkeypatch):
