@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages selected by `argv` (default: the command line), and return the exit status."""
+    from jahubert.streams import open_standard_streams
     from jahubert.train.pipeline import command
 
+    open_standard_streams()
     return command.main(sys.argv[1:] if argv is None else argv)
 
 

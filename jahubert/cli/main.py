@@ -42,6 +42,7 @@ from jahubert.errors import (
     printable,
 )
 from jahubert.inference import writers
+from jahubert.streams import failed_output, open_standard_streams
 
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
@@ -642,6 +643,7 @@ def experiment_commands(command: Command) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
     if argv[:1] == ["run"]:
         from jahubert.run import main as run_stages
 
@@ -670,9 +672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None:  # Python would report an error of standard output again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`| head`)
-            return 141
+        if error.filename is None:
+            return failed_output(error)
         print_error(message_of(error))
         return exit_status(error)

@@ -139,4 +139,20 @@ def test_full_disk_as_standard_output_is_reported():
     code = "import sys; from jahubert.cli.main import main; sys.exit(main(['completion', 'bash']))"
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (1, "jahubert: error: No space left on device\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "jahubert: error: standard output: No space left on device\n",
+    )
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
+@pytest.mark.parametrize(
+    "arguments", ["completion bash", "run --help", "run recipe=demo stage=prepare --info"]
+)
+@pytest.mark.parametrize("output", [">&-", "< /dev/null >&- 2>&-", "<&- >&-", "> /dev/full"])
+def test_closed_or_full_output_is_an_error(tmp_path, arguments, output):
+    line = f"'{sys.executable}' -m jahubert {arguments} {output}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (1 if "full" in output else 2)
+    assert ("2>&-" in output) == (done.stderr == "")
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1

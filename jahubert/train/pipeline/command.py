@@ -11,6 +11,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
 from jahubert.errors import ConfigError
+from jahubert.streams import failed_output
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.reporting import configure_logging, is_rank0, report_error
 from jahubert.train.pipeline.signals import StopRequested, stop_signals
@@ -85,15 +86,17 @@ def _run(argv: list[str]) -> int:
     if mistyped:
         raise ConfigError("\n".join(unknown_option(parser, word) for word in mistyped))
     settings = [*args.settings, *unknown]
-    if args.help:
-        parser.print_help()
-        if not settings:
-            return 0
-        print("\nsettings of this command:\n")
     if args.help or args.cfg or args.info:
-        show = inspection.stage_list if args.info else inspection.settings_yaml
-        runs = [run.overrides for run in multirun.expand(settings)] if args.multirun else [settings]
-        print("---\n".join(show(overrides) for overrides in runs), end="")
+        shown = parser.format_help() if args.help else ""
+        if settings or not args.help:
+            show = inspection.stage_list if args.info else inspection.settings_yaml
+            runs = [run.overrides for run in multirun.expand(settings)] if args.multirun else [settings]
+            shown += "\nsettings of this command:\n\n" if args.help else ""
+            shown += "---\n".join(show(overrides) for overrides in runs)
+        try:
+            print(shown, end="", flush=True)
+        except OSError as error:
+            return failed_output(error)
         return 0
     configure_logging(logging.INFO if is_rank0() else logging.WARNING)
     if args.multirun:

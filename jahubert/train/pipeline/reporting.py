@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import traceback
 
 from jahubert.errors import (
+    DISK_FULL,
     MAX_MESSAGE,
     JahubertError,
     MissingExtraError,
@@ -17,6 +19,7 @@ from jahubert.errors import (
     printable,
     shorten,
 )
+from jahubert.streams import failed_output
 from jahubert.train.pipeline.signals import received_signal
 
 INTERRUPTED = 130  # exit status after SIGINT
@@ -40,6 +43,8 @@ def report_error(error: BaseException) -> int:
                 status = INTERRUPTED
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = exit_status(error), f"error: {os.fsdecode(error.filename)}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EBADF):  # errors of files name them
+        return failed_output(error)
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
         # Some launchers, such as srun, report the highest exit status of all ranks. This rank exits with
         # the lowest error status, so that they report that of the failed rank.
