@@ -209,7 +209,7 @@ class SoundFileDecoder:
         return self.part.min_frames if self.file.format == "MP3" else self.file.frames
 
     def _check_end(self) -> None:
-        """Reject a FLAC file with a wrong length, or with streams after the first, which decoders ignore."""
+        """Reject a FLAC file with a wrong length, or with further streams, which libsndfile ignores."""
         if self.file.format != "FLAC":
             return
         self._check_flac_length()
@@ -218,8 +218,8 @@ class SoundFileDecoder:
         position = file.tell() if in_memory else os.lseek(file.fileno(), 0, os.SEEK_CUR)
         if find(file, _FLAC, max(len(_FLAC), position - _READ_AHEAD)) >= 0:
             raise AudioError(
-                f"{self.name} contains several FLAC streams, but decoders read only the first; split "
-                "the file, or convert it with ffmpeg"
+                f"{self.name} contains several FLAC streams, but libsndfile reads only the first; split "
+                "the file into one file per stream"
             )
 
     def _check_flac_length(self) -> None:

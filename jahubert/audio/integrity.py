@@ -21,7 +21,7 @@ _LOGGED = ("AVR", "MAT4", "MAT5", "MPC2K", "SVX", "VOC", "W64")  # formats whose
 _NIST_FRAMES = re.compile(rb"\bsample_count -i (\d+)")
 _NIST_HEADER = 1024  # bytes
 _TAGS = 4096  # bytes; assumed maximum size of tags after the last FLAC frame
-_MAX_FRAME = 1 << 17  # bytes; assumed size of a FLAC frame if the header does not state it
+_MAX_FRAME = 1 << 17  # bytes; assumed maximum size of a FLAC frame if the header does not state it
 
 
 def is_truncated(sound: soundfile.SoundFile, file: BinaryIO) -> bool:

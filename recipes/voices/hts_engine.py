@@ -3,7 +3,7 @@
 The extension module exports the C functions of hts_engine API 1.10, which this file calls through ctypes.
 They set the interpolation weights of several voices, the all-pass constant (vocal tract length), the pitch
 and the speed, and return state durations, which add up to exact phone times. Only documented functions are
-used. The size of the engine in memory is assumed not to exceed an upper limit.
+used. The struct `HTS_Engine`, whose size the module does not report, is assumed to fit in a fixed buffer.
 """
 
 from __future__ import annotations

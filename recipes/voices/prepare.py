@@ -159,8 +159,8 @@ def synthesize(
         config: the options, of which `texts`, `own_share` and `neural_minutes` are not used.
         seed: seed for all random choices.
         data: folder with HTS voices.
-        seen: letters and digits of the sentences to skip (default: `excluded_sentences`). Those of `texts`
-            are added.
+        seen: letters and digits of the sentences to skip (default: `excluded_sentences`). The letters and
+            digits of each sentence taken from `texts` are added to this set.
 
     Yields:
         Utterances, whose audio exists, and rejected sentences.

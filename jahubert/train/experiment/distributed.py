@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Signals that stop a run; Windows has no SIGUSR1.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-_GRACE = 10.0  # seconds that processes have to exit before SIGTERM is sent, and again before SIGKILL
+_GRACE = 10.0  # grace period in seconds before SIGTERM is sent, and again before SIGKILL
 
 
 def process_device(name: str) -> torch.device:

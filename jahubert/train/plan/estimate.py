@@ -141,7 +141,10 @@ def _number(name: str, options: dict[str, str]) -> float | None:
 
 
 def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Return stages that are not run but determine sizes, if `jobs` is a single stage of an iteration."""
+    """Return the stages whose settings the estimate of a single `features`, `kmeans` or `label` stage needs.
+
+    For other jobs, the result is empty.
+    """
     stage, _, out = jobs[0]
     if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
         return []

@@ -1,4 +1,4 @@
-"""Tests that figures are valid images, and that the phone-unit matrix is sorted along a diagonal."""
+"""Tests of the figures in the report."""
 
 from __future__ import annotations
 
