@@ -294,6 +294,8 @@ def test_features_equal_those_on_the_cpu(name, device):
 
 @pytest.mark.parametrize("backend", ["torch", "sklearn"])
 def test_kmeans_and_assignment_equal_those_on_the_cpu(backend, device):
+    if backend == "sklearn":
+        pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     frames_ND = torch.from_numpy(rng.standard_normal((3000, 6)) + 8 * rng.integers(3, size=(3000, 1))).float()
     expected, result = (

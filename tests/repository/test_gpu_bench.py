@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch.autograd import DeviceType
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_gpu_benchmark_ends_with_a_table_and_a_json_file(tmp_path):
+def test_gpu_benchmark_ends_with_a_table_and_a_json_file(bench_folder, tmp_path):
+    from gpu_report import GOALS
+
     out = tmp_path / "gpu.json"
     done = subprocess.run(
         ["bash", REPO / "tools/bench/gpu.sh", "--small", "--out", str(out)],
@@ -35,6 +38,12 @@ def test_gpu_benchmark_ends_with_a_table_and_a_json_file(tmp_path):
     assert values["engine: waiting for data"] >= 0 and values["compiled engine: waiting for data"] >= 0
     assert values["compiled engine: graphs compiled later"] == 0
     assert result["environment"]["device"] == "CPU"
+    not_measured = {name for name in GOALS if name not in values}
+    assert {re.sub(r"transformers|torchaudio", "peer", name) for name in not_measured} == {
+        "base, micro-batch: speedup over peer",
+        "base, micro-batch: memory of peer",
+        "device tests failed",
+    }
     table = done.stdout[done.stdout.rindex("measurement ") :]
     assert all(name in table for name in values)
 
@@ -69,13 +78,46 @@ def test_only_kernels_are_counted_as_time_of_the_gpu(bench_folder):
     assert kernel_times(events, on_gpu=False) == {"aten::mm": 7.0}
 
 
-def test_a_limit_is_reached_from_below(bench_folder):
-    from gpu_report import Report
+def test_goals_are_listed_as_reached_not_reached_and_not_measured(bench_folder, monkeypatch):
+    import gpu_report
 
-    report = Report(has_goals=True)
-    for value in (0.5, 1.5):
-        report.add("share", value, "%", goal=1)
-        report.add("waiting", value, "%", limit=1)
-    assert [row["reached"] for row in report.rows] == [False, True, True, False]
-    report.add("peer", None, "%", goal=1)
-    assert "reached" not in report.rows[-1]
+    monkeypatch.setattr(
+        gpu_report,
+        "GOALS",
+        {"rate": (">=", 7.0), "waiting": ("<=", 1.0), "peer": (">=", 4.0), "late": ("<=", 0)},
+    )
+    report = gpu_report.Report(has_goals=True)
+    for name, value in {"rate": 7.5, "waiting": 1.5, "peer": None, "other": 3.0}.items():
+        report.add(name, value, "")
+    assert [row.get("reached") for row in report.rows] == [True, False, None, None]
+    assert [re.search(r"(not )?\w+$", line).group() for line in report.goals()] == [
+        "reached", "not reached", "not measured", "not measured"
+    ]  # fmt: skip
+
+
+def test_gpu_benchmark_keeps_earlier_results_if_a_section_fails(bench_folder, monkeypatch, tmp_path, capsys):
+    import gpu
+
+    def measured(report, run) -> None:
+        report.add("features, layer 1, fp32", 5.0, "audio-s/s")
+
+    def exits(report, run) -> None:
+        raise SystemExit("no weights")
+
+    written = []
+    sections = {
+        "features": (measured, 1),
+        "kmeans": (exits, 1),
+        "beam": (lambda *_: written.append(out.read_text()), 1),
+    }
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--only", *sections, "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    result = json.loads(out.read_text())
+    outcomes = [section["outcome"] for section in result["sections"].values()]
+    assert outcomes == ["done", "failed: SystemExit: no weights", "done"]
+    assert json.loads(written[0])["rows"] == result["rows"]
+    assert "kmeans: failed: SystemExit: no weights" in capsys.readouterr().out

@@ -4,9 +4,9 @@ import importlib
 
 
 def importable(name: str) -> bool:
-    """Return whether a package can be imported. A mismatched torchaudio raises various errors."""
+    """Return whether a package can be imported. A package built for another torch raises various errors."""
     try:
         importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):
+    except Exception:
         return False
     return True
