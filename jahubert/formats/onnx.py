@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -80,6 +81,10 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
     model = program.model_proto
+    # The exporter records how each node was traced, including the paths of source files on this machine.
+    graph_parts = (model.graph.node, model.graph.value_info, model.graph.input, model.graph.output)
+    for part in (model.graph, *itertools.chain(*graph_parts)):
+        del part.metadata_props[:]
     metadata = {"sample_rate": SAMPLE_RATE, "hop": grid.hop, "window": grid.window, "output": name}
     if bundle.phonemes is not None:
         metadata |= {"symbols": list(bundle.phonemes.symbols), "blank": bundle.phonemes.blank}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from fixtures.foreign import KINDS, model_of
 
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, MissingExtraError
+from jahubert.formats import onnx as onnx_format
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.formats.convert import convert
 from jahubert.formats.onnx import INPUT, OnnxGraph, difference, expected
@@ -82,6 +84,7 @@ def test_convert_command_writes_an_onnx_file(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.onnx"), "--to", "onnx"]) == 0
     out, err = capsys.readouterr()
     assert "largest absolute difference" in out and err == ""
+    assert str(Path(onnx_format.__file__).parent).encode() not in (tmp_path / "a.onnx").read_bytes()
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.pt"), "--to", "onnx"]) == 2
     assert ".onnx" in capsys.readouterr().err
 
