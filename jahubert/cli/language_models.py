@@ -13,6 +13,7 @@ from jahubert.formats.text_lines import read_lines
 
 if TYPE_CHECKING:
     from jahubert.cli.main import Command
+    from jahubert.train.text.tokens import Tokenizer
 
 UNITS = ("word", "phone", "kana", "character", "token")  # the same units as in train/text/tokens.py
 
@@ -89,7 +90,7 @@ def perplexity(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_text(args: argparse.Namespace):
+def _read_text(args: argparse.Namespace) -> tuple[Tokenizer, Iterable[list[str]]]:
     """Return the tokenizer and the tokenized sentences in the texts."""
     from jahubert.train.data.training_text import training_sentences
     from jahubert.train.text.tokens import Tokenizer

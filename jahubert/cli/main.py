@@ -77,7 +77,7 @@ CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # the formats that train/data/
 def model_source(args: argparse.Namespace) -> str | Path:
     """Return the selected model, or by default the built-in one."""
     if args.model is not None:
-        return args.model
+        return str(args.model)
     from jahubert.inference.transcribe import builtin_model
 
     path = builtin_model()
@@ -461,7 +461,7 @@ def transcript_format(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Argument parser with one-line errors that suggest the nearest option name."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         try:
             parsed, unknown = self.parse_known_args(args, namespace)
             if unknown:
@@ -657,7 +657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         args = build_parser().parse_args(argv)
-        code = args.run(args)
+        code: int = args.run(args)
         sys.stdout.flush()
         return code
     except UserError as error:

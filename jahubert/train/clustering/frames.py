@@ -28,7 +28,8 @@ class FrameFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.shape, self.dtype = self._map().shape, self._map().dtype
+        self.shape: tuple[int, ...] = self._map().shape
+        self.dtype = self._map().dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -38,7 +39,8 @@ class FrameFile:
 
     def _map(self) -> np.ndarray:
         try:
-            return np.load(self.path, mmap_mode="r")
+            frames_ND: np.ndarray = np.load(self.path, mmap_mode="r")
+            return frames_ND
         except (ValueError, EOFError) as error:
             raise DataError(
                 f"{self.path}: not a .npy file ({error}); delete {self.path.parent} and rerun the stage"
@@ -91,9 +93,9 @@ class CachedFrames:
 
 def load_frames(frames_ND: Frames, device: torch.device) -> Tensor:
     """Load all frames into one float32 tensor on `device`."""
-    if not isinstance(frames_ND, Tensor):
-        frames_ND = torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32))
-    return frames_ND.to(device, torch.float32)
+    if isinstance(frames_ND, Tensor):
+        return frames_ND.to(device, torch.float32)
+    return torch.from_numpy(np.asarray(frames_ND[:], dtype=np.float32)).to(device)
 
 
 def draw_rows(n: int, size: int, rng: np.random.Generator) -> np.ndarray:

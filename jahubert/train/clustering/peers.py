@@ -95,7 +95,8 @@ def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.n
         compute_labels=False,
         random_state=seed,
     ).fit(frames_ND)
-    return kmeans.cluster_centers_.astype(np.float32)
+    centroids_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float32)
+    return centroids_KD
 
 
 def _to_numpy(frames_ND: Frames) -> np.ndarray:

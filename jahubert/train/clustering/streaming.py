@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
         ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
         CheckpointError: the model cannot be loaded.
     """
-    cls = resolve(kind, FEATURES, "features.kind")
+    cls: Callable[..., Feature] = resolve(kind, FEATURES, "features.kind")
     if kind != "hubert":
         return cls(device=str(device))
     if model is None or layer is None:

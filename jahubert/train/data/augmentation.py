@@ -157,7 +157,8 @@ class Augmenter:
             case "codec":
                 return quantize_mu_law(wave_T, int(rng.integers(*config.codec_bits, endpoint=True)))
         gain = np.float32(10 ** (rng.uniform(*config.gain_db) / 20))
-        return np.clip(wave_T * gain, -1.0, 1.0)
+        clipped_T: np.ndarray = np.clip(wave_T * gain, -1.0, 1.0)
+        return clipped_T
 
     def _other_speech(self, row: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
         """Add up parts of other utterances at random times (WavLM, section III-B), float32 (T,)."""
@@ -197,7 +198,7 @@ def room_response(seconds: float, direct_db: float, rng: np.random.Generator) ->
     n_samples = max(2, round(seconds * SAMPLE_RATE))
     first = min(n_samples - 1, int(rng.uniform(0.001, 0.02) * SAMPLE_RATE))
     decay = np.float32(10) ** (np.arange(n_samples, dtype=np.float32) * np.float32(-3 / n_samples))
-    response = rng.standard_normal(n_samples, dtype=np.float32) * decay
+    response: np.ndarray = rng.standard_normal(n_samples, dtype=np.float32) * decay
     response[:first] = 0
     response *= np.float32(10 ** (-direct_db / 20)) / np.sqrt(np.sum(response**2))
     response[0] = 1.0
@@ -208,8 +209,9 @@ def filter_with(wave_T: np.ndarray, response: np.ndarray) -> np.ndarray:
     """Convolve a waveform with an impulse response, preserving length and power; float32 (T,)."""
     size = _fft_size(len(wave_T) + len(response) - 1)
     spectrum = np.fft.rfft(wave_T, size) * np.fft.rfft(response, size)
-    result = np.fft.irfft(spectrum, size)[: len(wave_T)].astype(np.float32)
-    return result * np.float32(np.sqrt(_power(wave_T) / max(_power(result), _MIN_POWER)))
+    result: np.ndarray = np.fft.irfft(spectrum, size)[: len(wave_T)].astype(np.float32)
+    result *= np.float32(np.sqrt(_power(wave_T) / max(_power(result), _MIN_POWER)))
+    return result
 
 
 def colored_noise(n_samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
@@ -225,7 +227,10 @@ def add_at(wave_T: np.ndarray, noise_T: np.ndarray, snr_db: float) -> np.ndarray
     power = _power(noise_T)
     if power < _MIN_POWER:
         return wave_T
-    return wave_T + noise_T * np.float32(np.sqrt(_power(wave_T) / power) * 10 ** (-snr_db / 20))
+    mixed_T: np.ndarray = wave_T + noise_T * np.float32(
+        np.sqrt(_power(wave_T) / power) * 10 ** (-snr_db / 20)
+    )
+    return mixed_T
 
 
 def limit_band(wave_T: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
@@ -244,12 +249,14 @@ def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
         return wave_T
     levels = 2 ** (bits - 1)
     coded = np.round(np.log1p(np.abs(wave_T) * (_MU / peak)) * (levels / np.log1p(_MU))) / levels
-    return np.copysign(np.expm1(coded * np.log1p(_MU)) * (peak / _MU), wave_T).astype(np.float32)
+    decoded: np.ndarray = np.copysign(np.expm1(coded * np.log1p(_MU)) * (peak / _MU), wave_T)
+    return decoded.astype(np.float32)
 
 
 def _length(n_samples: Any, speed: Any) -> np.ndarray:
     """Return the number of samples (int64) that `n_samples` samples have after a speed change."""
-    return np.rint(n_samples / speed).astype(np.int64)
+    length: np.ndarray = np.rint(n_samples / speed)
+    return length.astype(np.int64)
 
 
 def _uniform(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -260,7 +267,8 @@ def _uniform(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)
-    return (state >> np.uint64(11)) * 2.0**-53
+    uniform: np.ndarray = (state >> np.uint64(11)) * 2.0**-53
+    return uniform
 
 
 def _fft_size(n_samples: int) -> int:

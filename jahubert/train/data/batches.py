@@ -197,7 +197,8 @@ def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarr
             len(rows),
             min_seconds,
         )
-    return rows[keep]
+    kept: np.ndarray = rows[keep]
+    return kept
 
 
 class PretrainData:

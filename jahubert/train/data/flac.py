@@ -34,7 +34,7 @@ def write_flac(path: Path, samples: np.ndarray, rate: int = SAMPLE_RATE) -> None
 def flac_length(path: Path) -> int | None:
     """Return the number of samples in a file written by `write_flac`; None if it is missing or unreadable."""
     try:
-        return soundfile.info(path).frames
+        return int(soundfile.info(path).frames)
     except (OSError, RuntimeError):
         return None
 

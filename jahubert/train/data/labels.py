@@ -260,7 +260,8 @@ def _check_header(path: Path, before: dict[str, Any], after: dict[str, Any]) -> 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except ValueError as error:
         raise DataError(
             f"{path}: invalid JSON ({error}); delete {path.parent} and rerun stage=label"

@@ -38,6 +38,9 @@ from jahubert.train.data.utterances import (
 )
 from jahubert.train.experiment.provenance import verify_files
 
+# Recipes import the types of their utterances from here.
+__all__ = ["Manifest", "Phone", "Rejected", "Utterance", "Utterances", "write_manifest"]
+
 log = logging.getLogger(__name__)
 
 FORMAT = b"1"
@@ -67,7 +70,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utterances | Rejected]) -> dict:
+def write_manifest(
+    path: str | os.PathLike[str], items: Iterable[Utterance | Utterances | Rejected]
+) -> dict[str, Any]:
     """Write a manifest and its `rejected.jsonl` atomically, without keeping all rows in memory.
 
     Returns:
@@ -87,7 +92,7 @@ def write_manifest(path: str | os.PathLike, items: Iterable[Utterance | Utteranc
             pa.ipc.new_file(sink, _SCHEMA) as table,
             atomic_write(rejected, errors="backslashreplace") as rejected_file,
         ):
-            rows: list[dict] = []
+            rows: list[dict[str, Any]] = []
             for item in items:
                 if isinstance(item, Rejected):
                     builder.count_rejected(item)
@@ -148,12 +153,12 @@ class _ManifestBuilder:
         self.id_hashes = array("q")
         self.n_samples = 0
         self.rejected: dict[str, int] = {}
-        self.splits: dict[str, dict] = {}
+        self.splits: dict[str, dict[str, Any]] = {}
 
     def count_rejected(self, item: Rejected) -> None:
         self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1
 
-    def row(self, item: Utterance) -> dict:
+    def row(self, item: Utterance) -> dict[str, Any]:
         """Check and count an utterance, and return its manifest row."""
         _check(item)
         row = {
@@ -244,7 +249,7 @@ class _ManifestBuilder:
                 )
             first[item.id] = item
 
-    def counts(self) -> dict:
+    def counts(self) -> dict[str, Any]:
         splits = {
             name: {
                 "utterances": s["utterances"],
@@ -339,7 +344,7 @@ class _Rows:
 class Manifest:
     """A memory-mapped manifest, which is cheap to open and to send to a worker process."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
         if not self.path.is_file():
             raise DataError(
@@ -359,14 +364,14 @@ class Manifest:
             raise DataError(f"{self.path}: not a manifest of format {FORMAT.decode()}; rerun stage=prepare")
         try:
             self.fingerprint: str = metadata[b"fingerprint"].decode()
-            self.counts: dict = json.loads(metadata[b"counts"])
+            self.counts: dict[str, Any] = json.loads(metadata[b"counts"])
             self.counts["splits"].keys()  # raises an error unless it is a mapping, on which other code relies
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
         self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions
 
     @classmethod
-    def verified(cls, path: str | os.PathLike) -> Manifest:
+    def verified(cls, path: str | os.PathLike[str]) -> Manifest:
         """Open a manifest after verifying it against the record of the prepare stage and its own checksum.
 
         Raises:
@@ -402,20 +407,23 @@ class Manifest:
             raise IndexError(f"utterance {i} is out of range for a manifest of {len(self)} utterances")
         return self._rows[i % len(self)]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
         return Manifest, (self.path,)  # each worker maps the file into its own memory
 
     @cached_property
     def n_samples(self) -> np.ndarray:
         """Lengths of all utterances in 16 kHz samples, read-only int64 (utterances,)."""
-        n_samples = self._rows.column("n_samples").to_numpy()
+        n_samples: np.ndarray = self._rows.column("n_samples").to_numpy()
         n_samples.flags.writeable = False
         return n_samples
 
     def ids(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """Return the ids of the utterances at `indices`, or all ids (2 GB of strings for 22 million)."""
         column = self._rows.column("id")
-        return (column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist()
+        if indices is not None:
+            column = column.take(pa.array(indices, pa.int64()))
+        ids: list[str] = column.to_pylist()
+        return ids
 
     def indices(
         self, split: str | None = None, has_words: bool | None = None, has_alignment: bool | None = None

@@ -97,7 +97,8 @@ class Epoch:
 
     def lengths(self, index: int) -> np.ndarray:
         """Return the number of samples of each utterance in a group."""
-        return self.n_samples[self._members(index)]
+        lengths: np.ndarray = self.n_samples[self._members(index)]
+        return lengths
 
     def _members(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):

@@ -75,7 +75,8 @@ class TargetStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
+        symbols_L: np.ndarray = self.symbol_L[self.offsets[row] : self.offsets[row + 1]]
+        return symbols_L
 
     def words(self, row: int) -> list[tuple[str, ...]]:
         """Return the words of an utterance as tuples of symbols (see `split_words`)."""

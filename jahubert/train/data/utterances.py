@@ -124,7 +124,7 @@ def too_many(n_rejected: int, n_total: int, max_share: float) -> bool:
     return n_rejected > (max(1.0, max_share * n_total) if max_share else 0)
 
 
-def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike) -> T:
+def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike[str]) -> T:
     """Call `read`, which reads `source`, and retry after file system errors.
 
     Decoders report a file system error in the middle of a file as truncated audio. Before audio is considered
@@ -163,7 +163,7 @@ def read_reliably(read: Callable[[], T], source: AudioSource | str | os.PathLike
             time.sleep(delay)
 
 
-def is_file(path: str | os.PathLike) -> bool:
+def is_file(path: str | os.PathLike[str]) -> bool:
     """Return whether a file exists, and retry after file system errors other than a missing file.
 
     Raises:
@@ -172,12 +172,12 @@ def is_file(path: str | os.PathLike) -> bool:
     return stat.S_ISREG(_mode(path))
 
 
-def is_folder(path: str | os.PathLike) -> bool:
+def is_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a folder, in the same way as `is_file`."""
     return stat.S_ISDIR(_mode(path))
 
 
-def _mode(path: str | os.PathLike) -> int:
+def _mode(path: str | os.PathLike[str]) -> int:
     """Return the file type and permission bits of a path, or 0 if it does not exist."""
     try:
         return read_reliably(lambda: os.stat(path), path).st_mode

@@ -48,7 +48,7 @@ def map_in_workers(
     loader = DataLoader(
         _Items(function, advice),
         batch_size=None,
-        sampler=items,  # type: ignore[arg-type]
+        sampler=items,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_signals,
@@ -96,7 +96,7 @@ def ignore_signals(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Items(Dataset):
+class _Items(Dataset[Any]):
     """Map-style dataset of function results. UserErrors and OSErrors are returned, to keep their types."""
 
     def __init__(self, function: Callable[[Any], Any], advice: str):
@@ -128,7 +128,7 @@ class _Items(Dataset):
             ) from None
 
 
-def _start(loader: DataLoader, advice: str) -> Iterator[tuple[Any, Any]]:
+def _start(loader: DataLoader[Any], advice: str) -> Iterator[tuple[Any, Any]]:
     try:
         return iter(loader)
     except OSError as error:

@@ -22,7 +22,7 @@ class Measure:
 
     name: str
     title: str
-    items: Callable[[Words], Sequence]  # function from the words of an utterance to the compared items
+    items: Callable[[Words], Sequence[Any]]  # function from the words of an utterance to the compared items
     normalizer: str  # description of the normalization
 
 

@@ -113,7 +113,7 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
             similar known key), missing key, wrong type and failed check.
     """
     errors: list[str] = []
-    built = _build(tree, cls, where, errors)
+    built: T = _build(tree, cls, where, errors)
     if errors:
         raise settings_error(errors)
     return built

@@ -186,7 +186,8 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
                 failure = (UserError if failure.filename else JahubertError)(str(failure))
             failure.reported = True
         raise failure
-    return box[0]
+    result: T = box[0]
+    return result
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def launch(command: Sequence[str], n: int) -> int:
         port = free.getsockname()[1]
     threads = str(max(1, usable_cores() // n))
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children: list[subprocess.Popen] = []
+    children: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, _: Any) -> None:
         for child in children:
@@ -278,7 +279,7 @@ def _stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _terminate(children: Sequence[subprocess.Popen]) -> None:
+def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait for processes to exit, then send SIGTERM and finally SIGKILL, which ends a blocked collective."""
     for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
         for child in children:

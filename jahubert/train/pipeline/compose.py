@@ -110,7 +110,8 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
     _check_keys(plain)
     fields = CommandSettings.__dataclass_fields__
     settings = structure({key: plain[key] for key in fields if key in plain}, CommandSettings)
-    return plain | {key: getattr(settings, key) for key in fields}
+    composed: dict[str, Any] = plain | {key: getattr(settings, key) for key in fields}
+    return composed
 
 
 def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:

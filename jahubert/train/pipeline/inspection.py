@@ -42,7 +42,8 @@ def settings_yaml(overrides: Sequence[str]) -> str:
     if content["recipe"] is not None and content["stage"] is not None:
         jobs = configure_jobs(overrides)
         content["jobs"] = {str(job.out): {job.stage: plain(job.config)} for job in jobs}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def _complete(stage: str, settings: Any) -> Any:

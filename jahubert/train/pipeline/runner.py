@@ -102,7 +102,8 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
             if is_first:
                 remove_stale_lock(out)
                 _show_finished(module, config, out)
-            return provenance.read_record(out / provenance.DONE)["metrics"]
+            metrics: dict[str, Any] = provenance.read_record(out / provenance.DONE)["metrics"]
+            return metrics
         log.info("%s ...", out)
         distributed.heartbeat(f"running stage {out}")
         started = time.monotonic() - provenance.elapsed_seconds(out)

@@ -40,7 +40,8 @@ _PADDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 1}
 def masked_loss(model: HubertModel, head: UnitHead, wav_BT: Tensor) -> Tensor:
     """Compute a loss whose tensors have the same sizes as in masked prediction."""
     hidden_ND = model(wav_BT).hidden_BSD.flatten(0, 1)
-    return head(hidden_ND[: round(len(hidden_ND) * MASKED)]).float().logsumexp(-1).sum()
+    logits_NK: Tensor = head(hidden_ND[: round(len(hidden_ND) * MASKED)])
+    return logits_NK.float().logsumexp(-1).sum()
 
 
 @cache
@@ -73,7 +74,9 @@ def peak_bytes(
 class _GpuLayerNorm(TorchFunctionMode):
     """Mode that computes layer norms in float32, as autocast does on CUDA but not on a CPU."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function is not F.layer_norm:
             return function(*args, **(kwargs or {}))
         with autocast(torch.float32, torch.device("cpu")):

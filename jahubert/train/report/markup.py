@@ -19,7 +19,7 @@ class Strings:
         column = _LANGUAGES.index(language)
         content = Path(__file__).with_name("strings.json").read_text(encoding="utf-8")
         self.language = language
-        self._texts = {key: texts[column] for key, texts in json.loads(content).items()}
+        self._texts: dict[str, str] = {key: texts[column] for key, texts in json.loads(content).items()}
 
     def __call__(self, key: str, *values: Any, **named: Any) -> str:
         """Return the text for a key, with placeholders filled in."""

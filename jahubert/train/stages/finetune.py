@@ -201,7 +201,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
-    metrics = train(module, data, train_config, out, validate=validate, best=config.best)
+    metrics: dict[str, float] = train(module, data, train_config, out, validate=validate, best=config.best)
     if distributed.rank() == 0:
         finetuning: dict[str, Any] = {"utterances": len(rows), "metrics": metrics}
         if config.pretrained is not None and not config.pretrained.exists():  # `pretrained` is a Hub name

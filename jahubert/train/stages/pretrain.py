@@ -167,7 +167,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return metrics
 
     validate = None if valid is None else lambda: checked(evaluate(module, valid))
-    metrics = train(module, data, config.train, out, validate=validate)
+    metrics: dict[str, float] = train(module, data, config.train, out, validate=validate)
     if validate is None or not config.train.valid_every:  # validation includes the last step
         checked(metrics)
     if distributed.rank() == 0:

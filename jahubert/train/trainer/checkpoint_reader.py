@@ -40,7 +40,7 @@ class CheckpointReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         data = Path(self.path, ".metadata").read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        metadata: Metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         for info in metadata.storage_data.values():
             if os.path.basename(info.relative_path) != info.relative_path:
                 raise pickle.UnpicklingError(f"path outside of the checkpoint: {quote(info.relative_path)}")

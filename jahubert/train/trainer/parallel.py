@@ -133,7 +133,7 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
         if recompute:
             # torch.compile does not compile a block that contains a checkpoint.
             forward = torch.compile(block.forward) if compiled else block.forward
-            block.forward = partial(checkpoint, forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, forward, use_reentrant=False)
         elif compiled:
             block.compile()
 

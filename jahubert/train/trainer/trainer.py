@@ -256,7 +256,7 @@ class _TrainingRun:
         seed_micro_batch(self.module.seed, micro)  # type: ignore[arg-type]
         with self.parallel.accumulating(last):
             with autocast(self.dtype, self.device):
-                loss = self.parallel(batch, self.step)
+                loss: Loss = self.parallel(batch, self.step)
             self.scaler.scale(loss.total).backward()
         return loss
 
