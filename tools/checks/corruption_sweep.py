@@ -50,7 +50,7 @@ from jahubert.train.data.labels import LabelWriter
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.training_text import training_sentences
 from jahubert.train.experiment.config import input_fields
-from jahubert.train.experiment.provenance import DONE, read_record
+from jahubert.train.experiment.provenance import DONE, read_record, stage_states
 from jahubert.train.pipeline.jobs import Job
 from jahubert.train.pipeline.runner import run_stage, verify_inputs
 from jahubert.train.stages import features
@@ -59,6 +59,11 @@ from jahubert.train.trainer.checkpoints import checkpoint_damage
 
 UNREAD = ("started.json", "events.out.tfevents")
 BLOCK = 64  # number of bytes in a zeroed block
+# Commands that read files of stages other than bundles. `convert` and `plan` read the manifest.
+EXPERIMENT_READERS = ("run", "convert", "ngram", "plan", "status")
+BUNDLE_READERS = ("transcribe", "features", "units", "info", "convert")
+NGRAM_READERS = ("transcribe", "perplexity", "run")
+NO_READERS = ("completion",)
 HARMLESS = "harmless"  # returned by `read` instead of a message
 
 
@@ -228,12 +233,13 @@ def sweep_language_models(sweep: Sweep, exp: Path) -> None:
 
 
 def sweep_commands(sweep: Sweep, exp: Path) -> None:
-    """Damage the outputs of stages that are inputs of the commands `convert` and `ngram`."""
+    """Damage the outputs of stages that are inputs of the commands in `EXPERIMENT_READERS`."""
     labels, corpus, out = exp / "iter1" / "label", exp / "prepare" / "manifest.arrow", exp / "exported"
     commands: dict[Path, Callable[[], object]] = {
         labels: lambda: export_experiment(str(labels), str(out), None),
         exp / "targets": lambda: list(training_sentences(exp, Tokenizer("phone"))),
         corpus: lambda: Manifest.verified(corpus),
+        exp / "prepare" / DONE: lambda: stage_states(exp),
     }
     damages = [damage for damage in DAMAGES if damage is not swap]  # any intact folder is valid
     for source, command in commands.items():

@@ -84,6 +84,9 @@ class Sweep:
 
         started, failures, results = time.monotonic(), [], Counter[str]()
         n_operations, expected = self.count(task), contents(task.out)
+        if not n_operations:  # the command writes no files
+            print(f"{task.name}: no file operations")
+            return 0
         finished = task.out.with_name(task.out.name + ".finished")
         task.out.rename(finished)
         for fault, operation in trials(n_operations, faults, points, self.n_tasks):
@@ -128,7 +131,8 @@ def sweep_all(args: argparse.Namespace) -> int:
     from small_experiment import command_tasks, run_stages, stage_tasks
 
     def selected(task: Any) -> bool:
-        return not args.only or any(word in task.name for word in args.only)
+        chosen = not args.only or any(word in task.name for word in args.only)
+        return chosen and task.name not in args.omit
 
     logging.disable(logging.WARNING)
     n_failures = 0
@@ -152,6 +156,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", default=[], help="parts of task names (default: all)")
+    parser.add_argument("--omit", nargs="+", default=[], help="names of tasks to leave out")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--points", type=int, help="number of trials per task (default: all)")
     args = parser.parse_args()

@@ -133,17 +133,35 @@ def _finish_stage(job: Job) -> None:
 
 def command_tasks(exp: Path, out: Path) -> list[Task]:
     """Return tasks for commands that read a finished experiment. Each task has its own output folder."""
-    audio = [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
+    out.mkdir(exist_ok=True)
+    write_model(exp, out / "model")
+    audio = recordings(exp)
+    (out / "texts.txt").write_text("青い家\n家の愛\n", encoding="utf-8")
+    (out / "table.csv").write_text(
+        "path,text\n" + "".join(f"{path},青い家\n" for path in audio), encoding="utf-8"
+    )
+    tasks = []
+    for name, arguments in commands(exp, out).items():
+        folder = out / name.replace(" ", "-")
+        arguments = [word.replace("OUT", str(folder)) for word in arguments]
+        refuses_existing = arguments[0] == "convert" or name == "features safetensors"
+        tasks.append(Task(name, folder, lambda a=arguments: cli.main(a), refuses_existing))  # type: ignore[misc]
+    return tasks
+
+
+def recordings(exp: Path) -> list[str]:
+    return [str(exp / "prepare" / "work" / f"{number}.wav") for number in range(2)]
+
+
+def commands(exp: Path, out: Path) -> dict[str, list[str]]:
+    """Return a command line for each command, format and kind of input. OUT stands for an output folder."""
+    audio = recordings(exp)
     asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
     pretrained, corpus, ngram = exp / "iter1" / "pretrain" / "bundle", exp / "prepare", out / "model"
     texts, table = out / "texts.txt", out / "table.csv"
-    out.mkdir(exist_ok=True)
-    write_model(exp, ngram)
-    texts.write_text("青い家\n家の愛\n", encoding="utf-8")
-    table.write_text("path,text\n" + "".join(f"{path},青い家\n" for path in audio), encoding="utf-8")
     transcribe = ["transcribe", *audio, "--no-vad", "-f", "all", "-o", "OUT"]
     words = ["--lexicon", exp / "words.txt", "--lm", exp / "words.arpa.gz", "--word-bonus", "20"]
-    commands: dict[str, list[object]] = {
+    lines: dict[str, list[object]] = {
         "features folder": ["features", *audio, "--model", asr, "-o", "OUT"],
         "features safetensors": ["features", *audio, "--model", asr, "-o", "OUT/all.safetensors"],
         "features chunked": ["features", *audio, "--model", asr, "--chunk", "8", "-o", "OUT"],
@@ -157,19 +175,19 @@ def command_tasks(exp: Path, out: Path) -> list[Task]:
         "convert hf": ["convert", ngram, "OUT/model", "--to", "hf"],
         "convert fairseq": ["convert", pretrained, "OUT/model.pt", "--to", "fairseq"],
         "convert torchaudio": ["convert", asr, "OUT/model.pt", "--to", "torchaudio"],
+        "convert onnx": ["convert", asr, "OUT/model.onnx", "--to", "onnx"],
         "convert units": ["convert", exp / "iter1" / "label", "OUT/labels", "--to", "fairseq"],
         "convert kaldi": ["convert", corpus, "OUT/kaldi", "--to", "kaldi"],
         "convert lhotse": ["convert", corpus, "OUT/lhotse", "--to", "lhotse"],
         "convert datasets": ["convert", corpus, "OUT/datasets", "--to", "datasets"],
         "prepare table": ["run", "recipe=table", f"data={table}", "stage=prepare", "exp=OUT"],
+        "info": ["info", ngram],
+        "perplexity": ["perplexity", exp / "words.arpa.gz", texts],
+        "plan": ["plan", *SETTINGS, f"exp={exp}", "stage=all"],
+        "status": ["status", exp],
+        "completion": ["completion", "bash"],
     }
-    tasks = []
-    for name, arguments in commands.items():
-        folder = out / name.replace(" ", "-")
-        arguments = [str(word).replace("OUT", str(folder)) for word in arguments]
-        refuses_existing = arguments[0] == "convert" or name == "features safetensors"
-        tasks.append(Task(name, folder, lambda a=arguments: cli.main(a), refuses_existing))  # type: ignore[misc]
-    return tasks
+    return {name: [str(word) for word in words] for name, words in lines.items()}
 
 
 def run_child(work: Callable[[], Any], log: Path) -> int:

@@ -160,13 +160,23 @@ def verify_files(path: Path, large: bool = True) -> None:
     if not stages and (path / "prepare").is_dir():  # `path` is the folder of an experiment
         stages = sorted(record.parent for record in path.rglob(DONE))
     for folder in stages:
-        record = read_record(folder / DONE)
-        crc32 = record.pop("record_crc32", None)
-        if checksums.record_damaged(record, crc32, "outputs"):
-            raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
+        record = read_finished(folder)
         below = path if folder in path.parents else None
         max_bytes = math.inf if large else checksums.LARGE
         checksums.verify_outputs(folder, record.get("outputs", {}), below, max_bytes)
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """Read the record of a finished stage, and verify its checksum.
+
+    Raises:
+        DataError: the record is missing or damaged.
+    """
+    record = read_record(folder / DONE)
+    crc32 = record.pop("record_crc32", None)
+    if checksums.record_damaged(record, crc32, "outputs"):
+        raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
+    return record
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -317,7 +327,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
         folder = started.parent
         done = (folder / DONE).exists()
-        record = read_record(folder / DONE if done else started)
+        record = read_finished(folder) if done else read_record(started)
         state = {"stage": str(folder.relative_to(root)), "state": "done" if done else "started"}
         if not done:
             state |= _progress(folder, record)

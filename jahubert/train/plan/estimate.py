@@ -156,7 +156,7 @@ def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
 def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> Corpus:
     """Determine the size of the corpus from `hours=`, the prepared manifest or the recipe, in this order."""
     if manifest.exists() and not given_hours:
-        counts = Manifest(manifest).counts
+        counts = Manifest.verified(manifest).counts
         return Corpus(counts["hours"], counts["utterances"], str(manifest))
     subset = tree.get("subset")
     hours = given_hours or value_for_subset(tree.get("hours"), subset)

@@ -244,6 +244,16 @@ def test_record_of_other_types_is_rejected(tmp_path):
         (folder / STARTED).write_text('{"fingerprint": "f"}')
 
 
+def test_status_detects_a_changed_record(tmp_path, source):
+    inputs = stage_inputs("kmeans", 1, Config(source))
+    acquire(tmp_path / "kmeans", inputs)
+    finish(tmp_path / "kmeans", inputs, {"inertia": 2.5}, 3.0)
+    record = tmp_path / "kmeans" / DONE
+    record.write_text(record.read_text().replace("2.5", "2.6"))
+    with pytest.raises(DataError, match=DONE):
+        stage_states(tmp_path)
+
+
 def test_status_escapes_control_characters(tmp_path, source, capsys):
     folder = tmp_path / "exp" / "a\x1b[2Jb"
     acquire(folder, stage_inputs("kmeans", 1, Config(source)))
