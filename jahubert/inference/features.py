@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -15,35 +14,13 @@ from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
+from jahubert.inference.reading import PREFETCH, prefetch_audio
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
 from jahubert.model.precision import PRECISIONS, autocast
-from jahubert.prefetch import prefetch
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # default chunk length of `FeatureExtractor.stream`
-PREFETCH = 32  # number of recordings to decode ahead
-
-
-def prefetch_audio(
-    audio: Iterable[AudioLike], sample_rate: int | None = None
-) -> Generator[tuple[AudioLike, Tensor | Exception], None, None]:
-    """Yield recordings in order, each with its 16 kHz waveform (T,) or the exception raised by reading it.
-
-    The next `PREFETCH` recordings are decoded in background threads, except for open streams, which may block
-    and are read when they are reached.
-    """
-
-    def read(item: AudioLike) -> Tensor | Exception:
-        try:
-            return load_audio(item, sample_rate)
-        except Exception as error:
-            return error
-
-    ahead = prefetch(lambda item: None if hasattr(item, "read") else read(item), audio, PREFETCH)
-    with closing(ahead):
-        for item, wav in ahead:
-            yield item, read(item) if wav is None else wav
 
 
 class LayerFeatures(nn.Module):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import Calibration, confidence
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
 from jahubert.inference.fusion import load_fusion
+from jahubert.inference.reading import read_ahead
 from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.inference.writers import join_words
@@ -35,6 +37,7 @@ CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of t
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # window that selects the clearest pause, at which a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
+PREFETCH = 16  # number of recordings to open ahead; of each, up to 60 s are decoded and kept in memory
 BEAM_ROWS = 32  # number of segments per beam search
 SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
 
@@ -69,6 +72,15 @@ class Decoded:
     spans: list[Span]
     score: float
     words: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A recording whose beginning has been read: one chunk if it is short, otherwise two."""
+
+    head: list[Chunk]
+    rest: Iterator[Chunk]  # chunks that are still to be read
+    error: Exception | None = None  # raised by reading the beginning
 
 
 @dataclass(frozen=True)
@@ -283,13 +295,13 @@ class Transcriber:
         progress: Progress | None = None,
         on_segment: Callable[[TranscriptSegment], None] | None = None,
     ) -> Iterator[Transcript | Exception]:
-        """Transcribe many recordings, in order.
+        """Transcribe many recordings, in order, while reading the next ones in the background.
 
         Recordings of up to 30 s are batched. Longer ones are read and recognized chunk by chunk, using
         bounded memory.
 
         Args:
-            audio: files or arrays.
+            audio: files or arrays. The next 16 are taken from an iterator before a transcript is yielded.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
             batch_seconds: seconds of audio at which a batch of short recordings is complete.
             errors: "return" yields the exception for a failed recording in its place and continues.
@@ -298,32 +310,35 @@ class Transcriber:
                 the segment is recognized, before the transcript of the recording is yielded.
         """
         batch: list[tuple[str, Tensor]] = []
-        for item in audio:
-            name = _name(item)
-            error: Exception | None = None
-            head: list[Chunk] = []
-            parts: Iterator[Chunk] = iter(())
-            try:
-                parts = chunks(stream_audio(item, sample_rate), self.grid, CHUNK_SECONDS)
-                head = list(islice(parts, 2))
-            except Exception as caught:
-                error = caught
-            if len(head) == 1:
-                batch.append((name, head[0].wav_T))
-                if sum(len(wav_T) for _, wav_T in batch) < batch_seconds * SAMPLE_RATE:
-                    continue
-            yield from self._transcribe_batch(batch, errors, progress)
-            batch = []
-            if len(head) == 2:
-                try:
-                    yield self._transcribe_long(name, chain(head, parts), progress, on_segment)
-                except Exception as caught:
-                    error = caught
-            if error is not None:
-                if errors == "raise":
-                    raise error
-                yield error
+        recordings = read_ahead(lambda item: self._open(item, sample_rate), audio, PREFETCH)
+        with closing(recordings):
+            for item, opened in recordings:
+                name, error = _name(item), opened.error
+                if len(opened.head) == 1:
+                    batch.append((name, opened.head[0].wav_T))
+                    if sum(len(wav_T) for _, wav_T in batch) < batch_seconds * SAMPLE_RATE:
+                        continue
+                yield from self._transcribe_batch(batch, errors, progress)
+                batch = []
+                if len(opened.head) == 2:
+                    try:
+                        recording = chain(opened.head, opened.rest)
+                        yield self._transcribe_long(name, recording, progress, on_segment)
+                    except Exception as caught:
+                        error = caught
+                if error is not None:
+                    if errors == "raise":
+                        raise error
+                    yield error
         yield from self._transcribe_batch(batch, errors, progress)
+
+    def _open(self, item: AudioLike, sample_rate: int | None) -> _Opened:
+        """Read the beginning of a recording."""
+        try:
+            parts = chunks(stream_audio(item, sample_rate), self.grid, CHUNK_SECONDS)
+            return _Opened(list(islice(parts, 2)), parts)
+        except Exception as error:
+            return _Opened([], iter(()), error)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         """Compute log-probabilities (S, V) for 16 kHz waveforms (T,) of any length, in float32 on the CPU."""

@@ -16,7 +16,8 @@ from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.inference.chunking import chunks, encode_all, encode_stream
-from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor, prefetch_audio
+from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor
+from jahubert.inference.reading import prefetch_audio
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertConfig, HubertModel
 
@@ -213,7 +214,7 @@ def test_streams_are_read_when_they_are_reached():
 
 
 def test_prefetching_is_bounded(monkeypatch):
-    monkeypatch.setattr("jahubert.inference.features.PREFETCH", 4)
+    monkeypatch.setattr("jahubert.inference.reading.PREFETCH", 4)
     taken = 0
 
     def endless():

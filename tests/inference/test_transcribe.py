@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import jahubert
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.formats.convert import convert
+from jahubert.inference import transcribe
 from jahubert.inference.chunking import chunks
 from jahubert.inference.transcribe import (
     CHUNK_SECONDS,
@@ -282,6 +285,39 @@ def test_errors_are_raised_or_returned(random_asr, tmp_path):
     assert isinstance(next(stream), jahubert.Transcript)
     with pytest.raises(AudioError, match=r"bad\.wav"):
         next(stream)
+
+
+def test_recordings_are_opened_ahead_in_order(random_asr, tmp_path, monkeypatch):
+    """Results equal those of single files, and the files of an unfinished iteration are closed."""
+    monkeypatch.setattr("jahubert.inference.transcribe.PREFETCH", 3)
+    paths = []
+    for i in range(8):
+        path = tmp_path / f"{i}.flac"
+        length = 8_000 + 1_000 * (7 * i % 5) if i != 4 else 35 * 16_000
+        soundfile.write(path, np.random.default_rng(i).normal(0, 0.1, length), 16_000)
+        paths.append(path)
+    paths.insert(2, tmp_path / "missing.wav")
+    opened, before, n_files = [], set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    stream_audio = transcribe.stream_audio
+
+    def recorded(item, *arguments):
+        opened.append(item)
+        return stream_audio(item, *arguments)
+
+    monkeypatch.setattr(transcribe, "stream_audio", recorded)
+    results = list(random_asr.transcribe_many(paths, batch_seconds=1.0, errors="return"))
+    assert sorted(opened) == sorted(paths)
+    monkeypatch.setattr(transcribe, "stream_audio", stream_audio)
+    for path, result in zip(paths, results, strict=True):
+        if path.exists():
+            assert_same(result, random_asr.transcribe(path))
+        else:
+            assert isinstance(result, AudioError)
+    stream = random_asr.transcribe_many((path for path in paths), batch_seconds=0.1, errors="return")
+    next(stream)
+    stream.close()
+    assert set(threading.enumerate()) == before
+    assert len(os.listdir("/proc/self/fd")) == n_files
 
 
 def test_failure_in_a_batch_affects_one_recording():
