@@ -5,7 +5,22 @@ aac, wma and similar formats. Lengths in headers are checked against the content
 raises an error instead of being decoded in part, except in the few formats that state no length.
 """
 
-from jahubert.audio.loading import AudioLike, audio_length, is_recording, load_audio, stream_audio
+from jahubert.audio.loading import (
+    AudioLike,
+    audio_length,
+    is_recording,
+    is_seekable,
+    load_audio,
+    stream_audio,
+)
 from jahubert.audio.sources import AudioSource
 
-__all__ = ["AudioLike", "AudioSource", "audio_length", "is_recording", "load_audio", "stream_audio"]
+__all__ = [
+    "AudioLike",
+    "AudioSource",
+    "audio_length",
+    "is_recording",
+    "is_seekable",
+    "load_audio",
+    "stream_audio",
+]

@@ -30,6 +30,7 @@ class Decoder(Protocol):
     """An open stream with a fixed sampling rate."""
 
     rate: int  # sampling rate in Hz
+    seekable: bool  # whether `read` decodes only the requested samples
 
     def length(self) -> int:
         """Return the number of samples per channel, decoding the stream if its header is unreliable."""
@@ -140,6 +141,8 @@ class SoundFileDecoder:
         if is_truncated(self.file, source.file):
             self.file.close()
             raise AudioError(f"{self.name} is truncated: its header states more samples than it contains")
+        # In MP3 files, seeking is not sample-exact. FLAC files written to a pipe do not state a length.
+        self.seekable = self.file.format != "MP3" and self.file.frames < _UNKNOWN
 
     def _target(self) -> int | BinaryIO:
         """Return the argument for soundfile: a descriptor for a whole regular file, or else a file object."""
@@ -157,8 +160,7 @@ class SoundFileDecoder:
         self.file.close()
 
     def length(self) -> int:
-        # MP3 decoders deviate from the stated length, and FLAC files written to a pipe do not state a length.
-        if self.file.format == "MP3" or self.file.frames >= _UNKNOWN:
+        if not self.seekable:  # MP3 decoders deviate from the stated length
             return sum(len(block) for block in self.blocks(_BLOCK))
         self._check_flac_length()
         n_frames: int = self.file.frames
@@ -166,7 +168,7 @@ class SoundFileDecoder:
 
     def read(self, start: int = 0, n: int | None = None) -> np.ndarray:
         file = self.file
-        if file.format == "MP3" or file.frames >= _UNKNOWN:  # seeking is not sample-exact
+        if not self.seekable:
             everything = np.concatenate([np.zeros((0, file.channels), np.float32), *self.blocks(_BLOCK)])
             return everything[start : None if n is None else start + n]
         start = min(start, file.frames)

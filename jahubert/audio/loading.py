@@ -66,7 +66,7 @@ def load_audio(
         wav_T = _to_16k(_mono(_array(array)), rate, name)[start:end]
     else:
         with _open(source) as (name, decoders):
-            if len(decoders) == 1 and decoders[0].rate == SAMPLE_RATE:
+            if _reads_by_seeking(decoders):
                 wav_T = _mono(decoders[0].read(start, n_samples))
             else:
                 streams = [_to_16k(_mono(d.read()), d.rate, name) for d in decoders]
@@ -133,6 +133,16 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     return length
 
 
+def is_seekable(source: str | os.PathLike[str] | AudioSource | BinaryIO) -> bool:
+    """Return whether `load_audio` reads part of a file by seeking. If not, it decodes the whole file.
+
+    Raises:
+        AudioError: as for `audio_length`.
+    """
+    with _open(source) as (_, decoders):
+        return _reads_by_seeking(decoders)
+
+
 def is_recording(audio: Any) -> bool:
     """Return whether `audio` is a single recording rather than a list of recordings."""
     if not isinstance(audio, list | tuple):
@@ -144,6 +154,11 @@ def is_recording(audio: Any) -> bool:
 def _open(source: Any) -> Iterator[tuple[str, list[Decoder]]]:
     with open_bytes(source) as audio_bytes, open_decoders(audio_bytes) as decoders:
         yield audio_bytes.name, decoders
+
+
+def _reads_by_seeking(decoders: list[Decoder]) -> bool:
+    """Return whether a file is one seekable stream whose samples need no resampling."""
+    return len(decoders) == 1 and decoders[0].rate == SAMPLE_RATE and decoders[0].seekable
 
 
 def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:

@@ -99,6 +99,7 @@ class _MediaDecoder:
     """Base class that decodes whole files, because seeking in media files is not sample-exact."""
 
     rate: int
+    seekable = False
 
     def length(self) -> int:
         return sum(len(block) for block in self.blocks(1 << 20))

@@ -13,7 +13,7 @@ import soundfile
 import soxr
 import torch
 
-from jahubert.audio import AudioSource, audio_length, is_recording, load_audio, stream_audio
+from jahubert.audio import AudioSource, audio_length, is_recording, is_seekable, load_audio, stream_audio
 from jahubert.errors import AudioError
 
 RNG = np.random.default_rng(7)
@@ -49,6 +49,37 @@ def test_crops_equal_slices_of_the_whole(tmp_path, fmt):
     assert len(load_audio(path, start=10, n_samples=0)) == 0
     with pytest.raises(AudioError, match=r"no audio from sample 40000 on"):
         load_audio(path, start=40_000)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rate", "expected"),
+    [
+        ("WAV", 16_000, True),
+        ("FLAC", 16_000, True),
+        ("OGG", 16_000, True),
+        ("MP3", 16_000, False),
+        ("WAV", 44_100, False),
+        ("FLAC", 8_000, False),
+    ],
+)
+def test_seekable_files_are_recognized_by_their_content(tmp_path, fmt, rate, expected):
+    path = tmp_path / "a.wav"
+    stereo = np.stack([NOISE, NOISE / 2], axis=1)
+    for samples in (NOISE, stereo):
+        path.write_bytes(encode(samples, rate, fmt))
+        assert is_seekable(path) is is_seekable(AudioSource(str(path))) is expected
+    path.write_bytes(encode(NOISE, rate, fmt)[:50])
+    with pytest.raises(AudioError):
+        is_seekable(path)
+
+
+def test_files_with_several_streams_or_without_a_length_are_not_seekable():
+    flac = bytearray(encode(NOISE, fmt="FLAC"))
+    flac[21] &= 0xF0  # the number of samples in the header is set to 0, as in a file written to a pipe
+    flac[22:26] = bytes(4)
+    assert not is_seekable(io.BytesIO(bytes(flac)))
+    assert not is_seekable(io.BytesIO(encode(NOISE) * 2))
+    assert is_seekable(io.BytesIO(encode(NOISE)))
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 24_000, 44_100, 48_000, 16_001])
