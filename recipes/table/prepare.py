@@ -12,13 +12,13 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from pauses import cut_at_pauses
+from recordings import Recording, read_recordings
 from table_sources import Row, normalize_split, read_rows, unique_ids
 
-from jahubert.audio import AudioSource, audio_length
+from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, ConfigError, DataError, quote
 from jahubert.frames import SAMPLE_RATE
 from jahubert.phonemes import kana_to_phones, normalize_kana
@@ -52,6 +52,11 @@ class Config:
         if not 0 <= self.max_rejected <= 1:
             raise ConfigError(f"max_rejected must be in [0, 1]; found {self.max_rejected}")
 
+    @property
+    def max_samples(self) -> int:
+        """Maximum length of an utterance in 16 kHz samples."""
+        return round(self.max_seconds * SAMPLE_RATE)
+
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield the utterances in the input and the rejected rows, and log the size of each split.
@@ -73,10 +78,11 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     _check_share(data, rejected, len(rows), config)
     yield from rejected
     splits = _assign_splits(rows, config, seed)
+    recordings = read_recordings(rows, config.max_samples, work / "converted")
     counts: dict[str, Counter[str]] = {}
     n_usable = len(rows)
     for row, split in zip(rows, splits, strict=True):
-        for item in _utterances(row, split, config):
+        for item in _utterances(row, split, recordings[row.path], config):
             if isinstance(item, Rejected):
                 rejected.append(item)
                 n_usable -= 1
@@ -172,13 +178,14 @@ def _assign_splits(rows: Sequence[Row], config: Config, seed: int) -> list[str]:
     return splits
 
 
-def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Rejected]:
-    start = round(row.start * SAMPLE_RATE)
-    try:
-        length = _length(row.path)
-    except AudioError as error:
-        yield Rejected(row.id, UNUSABLE_AUDIO, f"{row.where}: {error}")
+def _utterances(
+    row: Row, split: str, recording: Recording | str, config: Config
+) -> Iterator[Utterance | Rejected]:
+    if isinstance(recording, str):
+        yield Rejected(row.id, UNUSABLE_AUDIO, f"{row.where}: {recording}")
         return
+    length = recording.n_samples
+    start = round(row.start * SAMPLE_RATE)
     end = length if row.end is None else round(row.end * SAMPLE_RATE)
     if end > length + _TOLERANCE or start >= length:
         seconds = length / SAMPLE_RATE
@@ -195,7 +202,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
         return
     item = Utterance(
         id=row.id,
-        audio=AudioSource(str(row.path)),
+        audio=AudioSource(str(recording.path)),
         start=start,
         n_samples=end - start,
         speaker=row.speaker,
@@ -203,7 +210,7 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
         words=words,
         split=split,
     )
-    if item.n_samples <= config.max_seconds * SAMPLE_RATE:
+    if item.n_samples <= config.max_samples:
         yield item
     elif item.text:
         seconds = item.n_samples / SAMPLE_RATE
@@ -211,9 +218,8 @@ def _utterances(row: Row, split: str, config: Config) -> Iterator[Utterance | Re
         yield Rejected(row.id, "text for a recording longer than max_seconds", detail)
     else:
         try:
-            max_samples = round(config.max_seconds * SAMPLE_RATE)
             parts = read_reliably(
-                lambda: list(cut_at_pauses(item.audio, start, end, max_samples)), item.audio
+                lambda: list(cut_at_pauses(item.audio, start, end, config.max_samples)), item.audio
             )
         except AudioError as error:
             yield Rejected(row.id, UNUSABLE_AUDIO, f"{row.where}: {error}")
@@ -248,8 +254,3 @@ def _log_report(
         log.warning("table rejected, %s: %d", reason, n)
     if characters := {character for row in rows for character in row.text}:
         log.info("table: number of different characters in the text: %d", len(characters))
-
-
-@lru_cache(maxsize=1)  # the segments of a recording are consecutive
-def _length(path: Path) -> int:
-    return read_reliably(lambda: audio_length(path), path)

@@ -79,7 +79,7 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
     elif any(data.glob("*/wav.scp")) or any(data.glob("raw/*/wav.scp")):
         reader = read_espnet
     elif is_folder(data):
-        reader = read_audio_folder
+        reader = partial(read_audio_folder, exclude=work)
     else:
         raise DataError(
             f"{data}: not found; set data= to a table ({', '.join(TABLES)}), a Common Voice release, a Kaldi "
@@ -443,9 +443,13 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
     return _row(row, {name: name for name in row}, where, folder, "")
 
 
-def read_audio_folder(folder: Path) -> Iterator[Row | Rejected]:
-    """Read a folder of audio files with transcripts in .txt or .lab files. Each subfolder is a speaker."""
+def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
+    """Read a folder of audio files with transcripts in .txt or .lab files. Each subfolder is a speaker.
+
+    Files below `exclude`, where copies are written, are skipped.
+    """
     paths, errors = find_audio(folder)
+    paths = [path for path in paths if not path.absolute().is_relative_to(exclude.absolute())]
     if not paths:
         raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO_ENDINGS[:4])}")
     for error in errors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -101,15 +100,11 @@ def test_recipe_reads_again_after_an_error_of_the_file_system(table, delays, mon
     expected = table()
     assert len(expected) == 3 and all(isinstance(item, Utterance) for item in expected)
     monkeypatch.setattr(sources, "open", FlakyOpen(errno.EIO, failures), raising=False)
-    recipe_module = sys.modules[recipe_reader("table", "prepare").__module__]
-    recipe_module._length.cache_clear()
     assert table() == expected and len(delays) == failures
 
 
 def test_recipe_stops_at_a_lasting_error_of_the_file_system(table, delays, monkeypatch):
     table()
-    recipe_module = sys.modules[recipe_reader("table", "prepare").__module__]
-    recipe_module._length.cache_clear()
     monkeypatch.setattr(sources, "open", FlakyOpen(errno.EIO, 99), raising=False)
     with pytest.raises(DataError, match=r"\.flac"):
         table()
@@ -158,7 +153,6 @@ def read_table(folder, work):
     write_audio(folder / "a.wav")
     (folder / "table.csv").write_text("path\na.wav\n", encoding="utf-8")
     prepare, config = recipe_module("table").prepare, recipe_module("table").Config()
-    recipe_module("table")._length.cache_clear()
     return lambda: prepare(folder / "table.csv", work, config, 0)
 
 
