@@ -109,7 +109,7 @@ class _Reader:
         next(line for line in self._skippable("no line \\data\\ at the start") if line in start)
         counts: list[int] = []
         while (line := self._next_content()) != b"\\1-grams:":
-            match = re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d{1,18})", line)
+            match = re.fullmatch(rb"ngram\s+(\d{1,9})\s*=\s*(\d{1,18})", line)
             if match is None or int(match[1]) != len(counts) + 1 or len(counts) == MAX_ORDER:
                 self._fail(f"expected 'ngram {len(counts) + 1}=COUNT' or \\1-grams:, found {_shown(line)}")
             counts.append(int(match[2]))

@@ -245,6 +245,7 @@ def test_hostile_files_are_rejected(tmp_path):
         b"\\data\\\nngram 1=999999999999999\n\n\\1-grams:\n-1\ta\n\n\\end\\\n",
         b"\\data\\\n\n\\1-grams:\n-1\t\xff\n\n\\end\\\n",
         b"\x00" * 1000,
+        b"\\data\\\nngram " + b"1" * 5000 + b"=1\n\n\\1-grams:\n",
         gzip.compress(ARPA.encode())[:-30],
         b"\x1f\x8bnothing",
         gzip.compress(ARPA.encode() + b" " * GZIP_BYTES),

@@ -31,7 +31,8 @@ from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import verify_files
 
 DICT = "dict.km.txt"
-_ZIP_MEMBER = re.compile(r"(.+\.zip):(\d+):(\d+)", re.DOTALL)  # path, offset and length in bytes
+_ZIP_MEMBER = re.compile(r"(.+\.zip):(\d{1,15}):(\d{1,15})", re.DOTALL)  # path, offset and length in bytes
+_MAX_DIGITS = 15  # maximum length of a number
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
     first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
     for number, line in enumerate(lines, start=2):
         name_bytes, tab, count = line.rstrip(b"\r\n").rpartition(b"\t")
-        if not (tab and name_bytes and count.isdigit()):
+        if not (tab and name_bytes and count.isdigit() and len(count) <= _MAX_DIGITS):
             raise DataError(
                 f"{path}, line {number}: expected path<TAB>samples, found {quote(line)}; only line 1 may "
                 "be a folder"
@@ -89,7 +90,8 @@ def read_dict(path: Path) -> int:
     if not is_file(path):
         raise DataError(f"{path}: file not found; copy it from the folder where the .km files were created")
     units = [line.split()[:1] for line in read_bytes(path).splitlines() if line.strip()]
-    if sorted(int(unit) if unit.isdigit() else -1 for (unit,) in units) != list(range(len(units))):
+    is_number = [unit.isdigit() and len(unit) <= _MAX_DIGITS for (unit,) in units]
+    if not all(is_number) or sorted(int(unit) for (unit,) in units) != list(range(len(units))):
         raise DataError(
             f"{path}: each unit from 0 to {len(units) - 1} must be on exactly one line; create the file "
             "again (the command that appends to it was probably run twice)"
@@ -192,7 +194,7 @@ def _units(manifest: Manifest, folder: Path, n_units: int) -> Iterator[np.ndarra
 def _parse_units(line: bytes, n_units: int, where: str) -> np.ndarray:
     try:
         unit_N = np.array([int(word) for word in line.split()], np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{where}: expected integers separated by spaces, found {quote(line)}") from error
     if len(unit_N) and not 0 <= unit_N.min() <= unit_N.max() < n_units:
         raise DataError(

@@ -84,7 +84,10 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
     """
     pyopenjtalk = openjtalk()
     normalized = normalize_text(text)
-    morphemes = pyopenjtalk.run_frontend(normalized, predict_nani=False, jtalk=dictionary(words))
+    try:
+        morphemes = pyopenjtalk.run_frontend(normalized, predict_nani=False, jtalk=dictionary(words))
+    except RuntimeError as error:  # the buffers of the analyzer have a fixed size
+        raise DataError(f"pyopenjtalk cannot analyze the text {quote(text)}: {error}") from error
     features = [dict(morpheme) for morpheme in morphemes]
     for feature, following in zip_longest(features, features[1:]):
         if not _KANA.search(feature["pron"]):

@@ -38,6 +38,7 @@ _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
 _DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
 
+_MAX_DIGITS = 15  # longer digit strings are not converted to integers
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _MONTH, _DAY = r"(?:1[0-2]|0?[1-9])", r"(?:3[01]|[12]\d|0?[1-9])"
 _CLOCK = r"(?<![\d:])(2[0-4]|[01]?\d):"
@@ -56,6 +57,8 @@ def _digits(match: re.Match[str]) -> str:
 
 def _slash(match: re.Match[str]) -> str:
     """Spell out a date (11/3) or a fraction (1/2, 1/100)."""
+    if max(len(match[1]), len(match[2])) > _MAX_DIGITS:
+        return match[0]
     first, second = int(match[1]), int(match[2])
     is_date = 1 <= first <= 12 and 1 <= second <= 31
     is_reduced = first < second and gcd(first, second) == 1
@@ -67,7 +70,8 @@ def _slash(match: re.Match[str]) -> str:
 def _hyphen(match: re.Match[str]) -> str:
     """Spell out a hyphen between two numbers, that is, in a range, figure number, address or score."""
     before, first, second, after = match.groups()
-    if re.match(_COUNTER, after) and int(first) < int(second):
+    is_short = max(len(first), len(second)) <= _MAX_DIGITS
+    if re.match(_COUNTER, after) and is_short and int(first) < int(second):
         return f"{before}{first}から{second}"
     is_numbering = re.match("[図表式章節問例]|丁目", before)
     # Numbers after a name are an address (銀座4-5), unless a name follows (日本2-1韓国) or the word before

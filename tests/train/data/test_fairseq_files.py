@@ -148,6 +148,10 @@ def test_mismatched_files_are_rejected(corpus):
         path.write_bytes(good[path])
 
     assert_rejected(km, None, "train.km")
+    for digits in (b"9" * 30, b"9" * 5000):
+        assert_rejected(km, good[km].replace(b" ", b" " + digits + b" ", 1), "train.km, line 1.*integers")
+        assert_rejected(words, digits + b" 1\n" + good[words], "dict.km.txt")
+        assert_rejected(tsv, good[tsv].replace(b"\t8000", b"\t" + digits), "train.tsv, line 3")
     assert_rejected(words, None, "dict.km.txt")
     assert_rejected(words, good[words] * 2, "dict.km.txt.* 199 ")
     assert_rejected(words, good[words] + b"<unk> 1\n", "dict.km.txt.* 0 to 100 ")

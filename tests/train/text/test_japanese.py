@@ -255,3 +255,15 @@ def test_error_names_the_line_of_a_user_dictionary(tmp_path, line):
         text_to_words("今日", path)
     with pytest.raises(DataError, match=r"none.tsv"):
         text_to_words("今日", tmp_path / "none.tsv")
+
+
+def test_numbers_of_many_digits_are_normalized():
+    digits = "1" * 5000
+    for text in (f"{digits}/2", f"1/{digits}", f"{digits}-{digits}人", f"2-{digits}人"):
+        assert "1111" in normalize_text(text)
+
+
+def test_text_that_is_too_long_for_the_analyzer_is_rejected():
+    with pytest.raises(DataError) as caught:
+        text_to_words("青い家" * 20_000)
+    assert len(str(caught.value)) < 500
