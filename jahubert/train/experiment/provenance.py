@@ -199,9 +199,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file name or setting is not UTF-8
+        text = json.dumps(content, indent=2, default=str)
     with atomic_write(path) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
+        file.write(text + "\n")
 
 
 def input_fingerprint(name: str, path: Path, model: bool = False) -> str:

@@ -20,6 +20,7 @@ from jahubert.train.experiment.provenance import (
     acquire,
     fingerprint,
     finish,
+    read_record,
     stage_inputs,
     stage_states,
     status_table,
@@ -242,6 +243,11 @@ def test_record_of_other_types_is_rejected(tmp_path):
             with pytest.raises(DataError, match=name):
                 stage_states(tmp_path / "exp")
         (folder / STARTED).write_text('{"fingerprint": "f"}')
+
+
+def test_setting_that_is_not_utf8_is_recorded(tmp_path):
+    write_json(tmp_path / STARTED, {"fingerprint": "青", "settings": {"data": "\udc80"}})
+    assert read_record(tmp_path / STARTED) == {"fingerprint": "青", "settings": {"data": "\udc80"}}
 
 
 def test_status_detects_a_changed_record(tmp_path, source):
