@@ -174,7 +174,7 @@ def writers(folder: Path) -> dict[str, Writer]:
 
 def fuzz(kind: str, write: Writer, args: argparse.Namespace, folder: Path) -> int:
     """Run the cases of one kind, print the problems, and return their number."""
-    case, log = args.keep or folder / "case", folder / "log"
+    case, log = args.keep.resolve() if args.keep else folder / "case", folder / "log"
     known = {*folder.iterdir(), case, log}
     base_memory = run_forked(["completion", "bash"], folder, log).memory
     counts, n_problems, started = Counter[str](), 0, time.monotonic()
