@@ -74,12 +74,12 @@ class HubertConfig:
 
     @classmethod
     def base(cls, **changes: Any) -> HubertConfig:
-        """Return the BASE configuration: 95 M parameters, 12 blocks of width 768."""
+        """Return the BASE configuration: 94 M parameters, 12 blocks of width 768."""
         return replace(cls(), **changes)
 
     @classmethod
     def large(cls, **changes: Any) -> HubertConfig:
-        """Return the LARGE configuration: 316 M parameters, 24 pre-norm blocks of width 1024, no dropout."""
+        """Return the LARGE configuration: 315 M parameters, 24 pre-norm blocks of width 1024, no dropout."""
         return replace(cls(**_LARGE), **changes)
 
     @classmethod
