@@ -11,6 +11,10 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSIO
 # An arbitrary --user has neither a name nor a home folder.
 ENV HOME=/tmp USER=jahubert
 
+# train.compile=true needs a C compiler on a GPU.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt torch

@@ -233,8 +233,8 @@ def lloyd(frames_ND: Frames, centroids_KD: Tensor, max_iter: int, tol: float, al
             unless empty clusters were moved before the pass.
         all_ranks: whether all processes call this function together and share the passes.
     """
-    if not isinstance(frames_ND, Tensor):
-        device = centroids_KD.device
+    device = centroids_KD.device
+    if not isinstance(frames_ND, Tensor) or frames_ND.device != device:
         frames_ND = CachedFrames(frames_ND, device, _cache_bytes(device))
     history: list[float] = []
     reseeded = 0

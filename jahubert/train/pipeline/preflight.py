@@ -7,20 +7,22 @@ soon as the manifest exists. All errors are reported at once.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jahubert.errors import DataError, UserError
+from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.hub import check_exists
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import input_fields, raise_config_errors, split_fields
 from jahubert.train.experiment.provenance import DONE, input_fingerprint
 from jahubert.train.experiment.registry import ENGINES, resolve
-from jahubert.train.trainer.optim import pick_precision
+from jahubert.train.trainer.optim import TrainConfig, pick_precision
 from jahubert.train.trainer.tracker import check_tracker
 
 
@@ -88,6 +90,14 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
         yield from _machine_errors(stage, config, processes)
 
 
+def _check_compiler(train: TrainConfig, device: torch.device | None) -> None:
+    """Raise ConfigError if Triton, which torch.compile uses on a GPU, would find no C compiler."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    on_gpu = device is not None and device.type == "cuda"
+    if train.compile and on_gpu and not any(name and shutil.which(name) for name in compilers):
+        raise ConfigError("compile=true needs a C compiler on a GPU; install gcc, or set compile=false")
+
+
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
     """Yield errors in device, engine, precision, tracker and batch size. Processes check their GPUs later."""
     train = getattr(config, "train", None)
@@ -105,6 +115,7 @@ def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
     for prefix, check in (
         (f"{stage}.", lambda: train.check_processes(processes, longest)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),
+        (f"{stage}.train.", lambda: _check_compiler(train, kind)),
         (f"{stage}.train.", lambda: kind and pick_precision(train, kind)),
         (f"{stage}.train.tracker={train.tracker}: ", lambda: check_tracker(train)),
     ):

@@ -49,10 +49,13 @@ class Parallel:
                 module, find_unused_parameters=finds_unused_parameters(module)
             )
             return
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # By default, FSDP2 uses the GPUs of the machine even if the module is on the CPU.
+        mesh = init_device_mesh(next(module.parameters()).device.type, (distributed.world(),))
         for part in [*cast(Any, module.blocks), module]:
-            fully_shard(part)
+            fully_shard(part, mesh=mesh)
             self.shards.append(part)
 
     def __call__(self, *args: Any) -> Any:
@@ -129,6 +132,10 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
         recompute: whether to store only the input of a block and recompute the block in the backward pass.
         compiled: whether to compile the blocks. All of them share one graph if batches have equal shapes.
     """
+    if compiled:
+        # DDP would split the graph of a block that is larger than its buckets. Blocks are separate graphs
+        # already, so that their reduction overlaps with the backward pass.
+        torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         if recompute:
             # torch.compile does not compile a block that contains a checkpoint.

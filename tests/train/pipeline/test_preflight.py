@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures import FIXTURES
 
 from jahubert import run
@@ -15,6 +16,7 @@ from jahubert.errors import CheckpointError, ConfigError
 from jahubert.train.experiment.provenance import DONE, read_record, write_json
 from jahubert.train.pipeline import preflight
 from jahubert.train.pipeline.jobs import configure_jobs
+from jahubert.train.trainer.optim import TrainConfig
 
 REPO = Path(__file__).parents[3]
 ROUGH = FIXTURES / "rough"
@@ -302,3 +304,14 @@ def test_only_rank_0_prints_errors(tmp_path):
     )
     assert done.returncode == 2 and done.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_compilation_on_a_gpu_requires_a_c_compiler(monkeypatch):
+    train = TrainConfig(compile=True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    preflight._check_compiler(train, torch.device("cpu"))
+    preflight._check_compiler(replace(train, compile=False), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="compile=true"):
+        preflight._check_compiler(train, torch.device("cuda"))
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "gcc" else None)
+    preflight._check_compiler(train, torch.device("cuda"))
