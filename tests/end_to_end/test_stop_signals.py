@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fixtures import FIXTURES
 from fixtures.resumable import make_training, metric_rows, train_model
 from fixtures.toy import Data
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from jahubert import run
 from jahubert.errors import DataError, JahubertError
@@ -149,6 +151,13 @@ def test_killed_worker_names_the_settings_to_change(tmp_path, stage):
     assert re.search(rf"{stage}, .* step \d+: DataLoader worker \(pid.*\)", done.stderr), done.stderr
     assert f"{stage}.train.workers" in done.stderr
     assert ("pretrain.crop.keep_in_memory_hours=0" in done.stderr) == (stage == "pretrain")
+
+
+def test_killed_worker_is_reported_while_a_checkpoint_is_saved():
+    cause = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    config = SimpleNamespace(train=SimpleNamespace(workers=2))
+    with pytest.raises(JahubertError, match=r"finetune\.train\.workers"), report_oom("finetune", config):
+        raise CheckpointException("saving", {0: (cause, traceback.extract_stack())})
 
 
 SLOW = """

@@ -95,7 +95,11 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         message = _OOM_SUMMARY.findall(str(error))[0].rstrip(".")
         raise ConfigError(f"{stage}: {message}. {_memory_advice(stage, config)}") from error
-    except RuntimeError as error:  # torch does not raise a more specific error
+    except JahubertError:
+        raise
+    except BaseException as error:
+        # torch raises a RuntimeError from a signal handler, wherever the process is. While it saves a
+        # checkpoint, torch wraps the error in a CheckpointException, which is not an Exception.
         match = _WORKER_KILLED.search(str(error))
         trained = getattr(config, "train", None)
         workers = getattr(trained or config, "workers", 0)

@@ -206,9 +206,8 @@ def test_invalid_decode_settings_are_rejected(settings, message):
 def test_language_model_is_set_on_the_command_line():
     overrides = [f"recipe={TONES}", "stage=decode", "decode.lexicon=/a/words.txt"]
     (job,) = plan_stages(compose([*overrides, "system=pretrained"]))
-    _, configured, *_ = configure_job(
-        job, [*overrides, "decode.lm=/a/3.arpa", "decode.tune_lm_weights=[0.5,1]"]
-    )
+    tuning = ["decode.tune_splits=[dev]", "decode.tune_lm_weights=[0.5,1]"]
+    _, configured, *_ = configure_job(job, [*overrides, "decode.lm=/a/3.arpa", *tuning])
     assert (configured.lexicon, configured.lm) == (Path("/a/words.txt"), Path("/a/3.arpa"))
     assert configured.tune_lm_weights == (0.5, 1.0)
 

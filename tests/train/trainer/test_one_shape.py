@@ -87,7 +87,7 @@ def test_a_batch_that_does_not_fit_is_rejected():
     fits = PackedShape(n_utterances=3, n_rows=128, n_tiles=16, longest=24)
     assert model(wav_BT, shape=fits).hidden_BSD.shape == (3, 24, 32)
     for name, size in (("n_utterances", 2), ("n_rows", 64), ("n_tiles", 8)):
-        with pytest.raises(ConfigError, match="does not fit"):
+        with pytest.raises(ConfigError, match="room for only"):
             model(wav_BT, shape=fits._replace(**{name: size}))
 
 
