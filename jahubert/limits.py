@@ -11,6 +11,7 @@ import os
 from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
+ADVICE = f"if you trust the file, set the environment variable {VARIABLE}=10 for ten times the limit"
 JSON_BYTES = 4 << 20  # size of a JSON file, which can take fifty times as much memory when parsed
 PICKLE_BYTES = 16 << 20  # size of a pickle without its tensors
 INSTRUCTIONS = 500_000  # instructions in a pickle; 300 tensors and 50,000 symbols need 270,000

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from jahubert.errors import AudioError
-from jahubert.limits import STREAM_BYTES, VARIABLE, limit
+from jahubert.limits import ADVICE, STREAM_BYTES, limit
 
 _BLOCK = 1 << 20  # bytes
 
@@ -115,7 +115,7 @@ def _read_stream(stream: Any, name: str) -> bytes:
         if content.tell() + len(block) > max_bytes:
             raise AudioError(
                 f"{name} has more than {max_bytes:,} bytes, the limit for pipes and streams; "
-                f"write it to a file, or raise the limit with {VARIABLE}"
+                f"write it to a file, or {ADVICE}"
             )
         content.write(block)
     return content.getvalue()

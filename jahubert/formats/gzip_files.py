@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from jahubert.errors import DataError
-from jahubert.limits import GZIP_BYTES, GZIP_EXPANSION, VARIABLE, limit
+from jahubert.limits import ADVICE, GZIP_BYTES, GZIP_EXPANSION, limit
 
 
 class _LimitedGzip(io.RawIOBase):
@@ -30,10 +30,7 @@ class _LimitedGzip(io.RawIOBase):
         n_bytes = cast(io.BufferedIOBase, self.file).readinto1(buffer)
         self.n_bytes += n_bytes
         if self.n_bytes > self.limit:
-            raise DataError(
-                f"{self.path}: decompresses to more than {self.limit:,} bytes; "
-                f"if the file is from a trusted source, {VARIABLE} raises the limit"
-            )
+            raise DataError(f"{self.path}: decompresses to more than {self.limit:,} bytes; {ADVICE}")
         return n_bytes
 
 

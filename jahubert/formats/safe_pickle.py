@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, JahubertError, quote
-from jahubert.limits import DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, VARIABLE, limit
+from jahubert.limits import ADVICE, DEPTH, EXPANSION, INSTRUCTIONS, PICKLE_BYTES, limit
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -156,7 +156,7 @@ def load_tensors(path: Path, table: Any) -> dict[str, Tensor]:
     if declared > _max_bytes(path):
         raise CheckpointError(
             f"{path}: a file of {path.stat().st_size:,} bytes that declares {declared:,} bytes of tensors is "
-            f"damaged or malicious ({VARIABLE} raises the limit)"
+            f"damaged or malicious ({ADVICE})"
         )
     tensors = {name: value.load() if isinstance(value, Stored) else value for name, value in items.items()}
     return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -211,9 +211,7 @@ def _read_archive(path: Path) -> Any:
             raise ValueError(f"{name} has an unsupported compression type ({entry.compress_type})")
         bytes_left -= entry.file_size
         if bytes_left < 0:
-            raise ValueError(
-                f"the entries up to {name} exceed {_max_bytes(path):,} bytes; {VARIABLE} raises the limit"
-            )
+            raise ValueError(f"the entries up to {name} exceed {_max_bytes(path):,} bytes; {ADVICE}")
         return archive.read(entry)
 
     if folder + "byteorder" in entries and read(folder + "byteorder") != b"little":
@@ -226,9 +224,7 @@ def _read_archive(path: Path) -> Any:
         return storages.setdefault((key, dtype), new)
 
     if (size := entries[program].file_size) > limit(PICKLE_BYTES):
-        raise ValueError(
-            f"its pickle has {size:,} bytes, more than {limit(PICKLE_BYTES):,}; {VARIABLE} raises the limit"
-        )
+        raise ValueError(f"its pickle has {size:,} bytes, more than {limit(PICKLE_BYTES):,}; {ADVICE}")
     return _Unpickler(path, BytesIO(read(program)), storage).load()
 
 
@@ -283,7 +279,7 @@ class _Dispatch(dict[Any, Any]):
     def count(self, n: int) -> None:
         self.executed += n
         if self.executed > self.allowed:
-            raise ValueError(f"more than {self.allowed:,} instructions; {VARIABLE} raises the limit")
+            raise ValueError(f"more than {self.allowed:,} instructions; {ADVICE}")
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from torch import Tensor
 from jahubert.errors import CheckpointError, ConfigError, DataError, quote
 from jahubert.formats.safe_pickle import read_pickled
 from jahubert.formats.typed_fields import typed
-from jahubert.limits import CONVS, LAYERS, VARIABLE, limit
+from jahubert.limits import ADVICE, CONVS, LAYERS, limit
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
@@ -154,8 +154,7 @@ def fields_from_shapes(
             n += 1
         if n > limit(most):
             raise CheckpointError(
-                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are allowed; {VARIABLE} "
-                "raises the limit"
+                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are allowed; {ADVICE}"
             )
         return n
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jahubert.errors import CheckpointError, quote
-from jahubert.limits import JSON_BYTES, VARIABLE, limit
+from jahubert.limits import ADVICE, JSON_BYTES, limit
 
 MAX_INT = 2**31 - 1
 _NAMES = {
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(limit(JSON_BYTES) + 1)
         if len(data) > limit(JSON_BYTES):
-            raise ValueError(f"more than {limit(JSON_BYTES):,} bytes; {VARIABLE} raises the limit")
+            raise ValueError(f"more than {limit(JSON_BYTES):,} bytes; {ADVICE}")
         content = json.loads(data.decode("utf-8"))
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises an error for lone surrogates
     except FileNotFoundError:

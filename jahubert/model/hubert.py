@@ -354,13 +354,13 @@ class HubertModel(nn.Module):
     ) -> Tensor | Sequence[int] | None:
         """Check the waveforms and lengths, and return the lengths, or None if there is no padding.
 
-        The lengths are integers, except while torch records operations on a tensor of lengths.
+        The lengths are integers, except while torch traces a tensor of lengths.
         """
         if wav_BT.ndim != 2 or wav_BT.shape[0] == 0:
             raise AudioError(f"waveforms must be (batch >= 1, samples), but have shape {tuple(wav_BT.shape)}")
         batch, width = wav_BT.shape
-        if isinstance(n_samples_B, Tensor) and kernels.is_recorded():
-            return n_samples_B  # the values of a recorded tensor are not known
+        if isinstance(n_samples_B, Tensor) and kernels.is_tracing():
+            return n_samples_B  # the values of a traced tensor are not known
         n_samples = [width] if n_samples_B is None else length_list(n_samples_B)
         if n_samples_B is not None and (len(n_samples) != batch or max(n_samples) > width):
             raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")

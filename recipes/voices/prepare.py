@@ -119,7 +119,7 @@ def prepare(
 
     Raises:
         ConfigError: a package for the neural voices is not installed.
-        DataError: the folder has no voices or equally named ones, or a file of sentences cannot be read.
+        DataError: voices cannot be used (see `find_voices`), or a file with sentences cannot be read.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     if config.neural_minutes:

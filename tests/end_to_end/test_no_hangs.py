@@ -40,7 +40,7 @@ class LargeBatch(Batch):
 
 
 class LargeData(Data):
-    """Data source of 200 kB micro-batches, which are far larger than estimated for `TOY`."""
+    """Data source whose micro-batches take 200 kB of shared memory, so that a few fill a small /dev/shm."""
 
     def load(self, micro):
         return LargeBatch(super().load(micro).x_BD, torch.zeros(50_000))

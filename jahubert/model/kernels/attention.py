@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jahubert.model.kernels.dispatch import is_recorded, is_transformed
+from jahubert.model.kernels.dispatch import is_tracing, is_transformed
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import keep_mask, keep_probability
 from jahubert.model.kernels.packing import Packing, Rectangle
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     backward raises a RuntimeError.
     """
     compute = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
-    if is_recorded() or not _has_fused_kernels():
+    if is_tracing() or not _has_fused_kernels():
         return compute(q_BHSE, k_BHSE, v_BHSE)
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):

@@ -43,8 +43,8 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-def is_recorded() -> bool:
-    """Return whether torch.export (used for ONNX), torch.compile or torch.jit.trace records operations."""
+def is_tracing() -> bool:
+    """Return whether torch.export (used for ONNX), torch.compile or torch.jit.trace traces operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -60,7 +60,7 @@ def usable(part: nn.Module) -> bool:
     padded batch. They are used except in these cases:
 
     - the kernels are switched off (`disabled`);
-    - operations are recorded or transformed, as in export, torch.compile of the whole model and torch.func;
+    - operations are traced or transformed, as in export, torch.compile of the whole model and torch.func;
     - a module inside `part` is not exactly of its standard type (LoRA and other wrappers, quantized layers,
       parametrizations), has a hook (pruning uses one) or a patched `forward`, or has a weight that is a
       tensor subclass with its own arithmetic;
@@ -70,7 +70,7 @@ def usable(part: nn.Module) -> bool:
     FSDP2 may wrap them. Double backward, which the forward pass cannot foresee, differentiates plain
     operators (`double_backward`).
     """
-    if not _enabled or is_recorded() or is_transformed():
+    if not _enabled or is_tracing() or is_transformed():
         return False
     if any(getattr(module_globals, name) for name in _GLOBAL_HOOKS):
         return False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jahubert.model.kernels.dispatch import is_recorded, is_transformed
+from jahubert.model.kernels.dispatch import is_tracing, is_transformed
 
 
 def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -19,7 +19,7 @@ def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: 
     differentiable operators, and differentiates the result. This takes no additional memory if the kernel
     saves the same inputs for its own gradient.
     """
-    if not torch.is_grad_enabled() or not output.requires_grad or is_recorded() or is_transformed():
+    if not torch.is_grad_enabled() or not output.requires_grad or is_tracing() or is_transformed():
         return output
     switched: Tensor = _Switch.apply(output, plain, *inputs)
     return switched

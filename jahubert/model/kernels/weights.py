@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jahubert.model.kernels.dispatch import is_recorded
+from jahubert.model.kernels.dispatch import is_tracing
 from jahubert.model.precision import autocast_dtype
 
 
@@ -49,7 +49,7 @@ def weight_copy(dtype: torch.dtype, *weights: Tensor) -> Tensor:
 
     Inside `shared_weight_copies`, the same tensor is returned until a weight changes.
     """
-    if is_recorded() or _shared is None:
+    if is_tracing() or _shared is None:
         return _make_copy(dtype, weights)
     key = (dtype, torch.is_grad_enabled(), *map(id, weights))
     versions = [weight._version for weight in weights]
@@ -66,7 +66,7 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Compute the concatenated outputs of linear layers for `x`, as one product if all have biases."""
-    if len(modules) == 1 and (is_recorded() or _shared is None):
+    if len(modules) == 1 and (is_tracing() or _shared is None):
         out: Tensor = modules[0](x)  # if autocast is enabled, it converts the weight
         return out
     if any(module.bias is None for module in modules):

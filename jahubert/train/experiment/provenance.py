@@ -229,7 +229,7 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
             content = record.get("metrics", {}).get("content")
             return fingerprint({record["fingerprint"]: content}) if content else record["fingerprint"]
         if (folder / STARTED).exists():
-            raise DataError(f"{name}: {folder} is not finished; run that stage first (see jahubert status)")
+            raise DataError(f"{name}: {folder} is not finished; finish its stage first (see jahubert status)")
     if files := model_files(path):  # a file or model folder that no stage wrote
         name_of_folder = [path.name] if path.is_dir() else []
         return ",".join([*name_of_folder, *map(_file_fingerprint, files)])

@@ -262,7 +262,7 @@ def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) 
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
-    """Return the training dtype on `machine`, for which `optim.pick_precision` would need the device."""
+    """Return the training dtype on `machine`, which need not be the present one (cf. `pick_precision`)."""
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32

@@ -108,8 +108,8 @@ def activation_bytes(model: HubertConfig, precision: torch.dtype, recompute: boo
         values += rate * width
     block = frames * (_PER_WIDTH * model.width + _PER_FFN * model.ffn)
     blocks = model.layers * frames * model.width + block if recompute else model.layers * block
-    # The GELU output of the last block and its gradient are added: no activations have been freed at this
-    # point.
+    # The peak is at the start of the backward pass, when no activations have been freed yet. The recomputed
+    # GELU output of the last block and the gradient of this output are therefore added.
     stored = _FRONT_END[model.conv_norm] * values + blocks + 2 * frames * model.ffn
     return max(precision.itemsize * stored, front_end_bytes(model, precision))
 

@@ -114,9 +114,9 @@ class TrainConfig:
 def lr_at(step: int, config: TrainConfig) -> float:
     """Compute the learning rate of a step, counted from 0.
 
-    The schedule "linear" consists of a linear warm-up and a linear decay to `final_lr` (fairseq's
+    The schedule "linear" consists of a linear warm-up and a linear decay to `final_lr * lr` (fairseq's
     polynomial_decay with power 1). The schedule "tri_stage" consists of a warm-up that starts at 1 % of `lr`,
-    a constant phase, and an exponential decay to `final_lr` (SpecAugment; fairseq's tri_stage).
+    a constant phase, and an exponential decay to `final_lr * lr` (SpecAugment; fairseq's tri_stage).
     """
     warmup = max(1, round(config.warmup * config.max_steps))
     if config.schedule == "linear":

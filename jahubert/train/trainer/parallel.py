@@ -150,7 +150,7 @@ def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
 
     In validation, precision and shapes differ from those in training, which would require more graphs.
     """
-    # set_stance imports torch.compile, which takes a second.
+    # set_stance imports torch._dynamo, which takes about a second.
     return torch.compiler.set_stance("force_eager") if enabled else nullcontext()
 
 
