@@ -239,8 +239,9 @@ def log_probabilities(
     """
     seconds = manifest.n_samples[rows] / SAMPLE_RATE
     is_long = seconds > config.batch_seconds
-    # Utterances that are longer than a batch are decoded separately, so that they do not enlarge the others.
-    parts = [(rows[~is_long], config.batch_seconds), (rows[is_long], seconds.max() + 1)]
+    parts = [(rows[~is_long], config.batch_seconds)]
+    # An utterance that is longer than a batch is decoded alone, so that it does not enlarge other batches.
+    parts += [(rows[[i]], seconds[i] + 1) for i in np.flatnonzero(is_long)]
     sources = [
         CtcData(
             manifest,

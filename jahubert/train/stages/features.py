@@ -74,8 +74,8 @@ class Config:
         )
 
     def unused_settings(self) -> tuple[str, ...]:
-        """Return the settings that have no effect: MFCCs have neither a model nor layers."""
-        return ("model", "layer") if self.kind == "mfcc" else ()
+        """Return the settings that have no effect: only features of HuBERT have a model and a layer."""
+        return () if self.kind == "hubert" else ("model", "layer")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

@@ -200,10 +200,12 @@ def test_sizes_of_a_pretrained_model_cannot_be_set():
     assert result_fields(jobs[0].config) == result_fields(jobs[1].config)
 
 
-def test_layer_of_mfccs_is_not_a_setting_of_the_result():
+def test_only_features_of_hubert_depend_on_a_layer():
     layers = [["features.layer=4"], []]
-    jobs = [configure_jobs(["recipe=demo", "stage=features", "iteration=1", *layer]) for layer in layers]
-    assert result_fields(jobs[0][0].config) == result_fields(jobs[1][0].config)
+    for kind in ("mfcc", "own.py:Feature"):
+        command = ["recipe=demo", "stage=features", "iteration=1", f"features.kind={kind}"]
+        jobs = [configure_jobs([*command, *layer]) for layer in layers]
+        assert result_fields(jobs[0][0].config) == result_fields(jobs[1][0].config)
 
 
 def test_without_iterations_a_model_to_fine_tune_is_required():
