@@ -245,7 +245,9 @@ def _read_bundle(folder: Path) -> RawModel:
     fields = typed_item(path, info, "config", dict, {})
     for name in fields:
         if name not in _CONFIG_FIELDS:
-            raise CheckpointError(f"{path}: unknown field {quote(name)} in config; copy the bundle again")
+            raise CheckpointError(
+                f"{path}: unknown field {quote(name)} in config; remove it, or update jahubert"
+            )
     raw = read_huggingface(folder, {name: config_field(path, name, name, fields[name]) for name in fields})
     raw.info = info
     phonemes = typed_item(path, info, "phonemes", dict)

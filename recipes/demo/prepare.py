@@ -36,7 +36,7 @@ from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.experiment.script_processes import run_in_processes, run_items
 from jahubert.train.text.japanese import Word, analyze, features_to_words, openjtalk
 
-VERSION = 1  # version of the generated audio; part of every file name
+VERSION = 1  # version of the generated audio, hashed into the name of every file
 _VOICE_RATE = 48_000  # sampling rate of the voice in Hz
 _STEP = _VOICE_RATE // SAMPLE_RATE
 

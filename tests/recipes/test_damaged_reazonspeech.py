@@ -129,7 +129,7 @@ def test_missing_shard_or_folder_or_link_is_reported(releases, intact, tmp_path,
 
 @pytest.mark.parametrize("form", FORMS)
 def test_copy_of_a_shard_adds_no_recording(releases, intact, tmp_path, form):
-    """A second download is not used, and a shard in place of another one is reported."""
+    """A second download of a shard is ignored. A shard that was replaced by a copy of another is reported."""
     data = shutil.copytree(releases[form], tmp_path / "copy")
     path = shard_path(data, form)
     copy = path.with_name(f"{path.stem} (1){path.suffix}")

@@ -1,7 +1,7 @@
 """Tests that execute the tutorials from top to bottom on small corpora.
 
 Scripts at the front of PATH replace `python`, `jahubert` and the cluster commands, and run this checkout with
-small sizes. Apart from this, only paths to the reader's own folders are changed.
+small sizes. Apart from this, only paths to the reader's own folders and the Hub name are replaced.
 """
 
 from __future__ import annotations

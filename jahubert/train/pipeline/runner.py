@@ -63,8 +63,6 @@ def run(overrides: Sequence[str]) -> None:
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
     """Run a stage in its folder unless an existing result is kept. Return its metrics.
 
-    Errors of the stage itself are raised as well.
-
     Args:
         verify_large: whether to verify the checksums of input files over 1 GB. The sizes of all files and the
             checksums of smaller files are always verified.
@@ -73,6 +71,8 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         StaleError: the stage was run in the folder with different settings or by another version of its code.
         BusyError: another run is using the folder.
         DataError: an input file is missing or damaged.
+
+    Exceptions that the stage raises propagate.
     """
     from jahubert.formats.atomic import remove_leftovers
     from jahubert.train.experiment import distributed, provenance

@@ -1,8 +1,9 @@
 """Decoding of the evaluation splits with beam or greedy search, and forced alignment of phones and words.
 
 Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
-Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, log-probability, scores
-        of the labels of each word, and if configured the n-best list and the words as written in the lexicon;
+Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, the score of the
+        hypothesis (with an n-gram, including its weighted score), the mean log-probabilities of the labels
+        of each word, and if configured the n-best list and the words as written in the lexicon;
         phonemes.json: the vocabulary; with `align_splits` also alignment.jsonl: phone and word times; with
         `tune_splits` also tuning.json: the error rate for each weight and bonus tried
 

@@ -131,7 +131,7 @@ def gradient(module: nn.Module) -> Tensor:
 
 
 class Shapes(TorchDispatchMode):
-    """Mode that records the shapes of the results of matrix products and pointwise operators."""
+    """Dispatch mode that records the output shapes of the operators in `NAMES`."""
 
     NAMES = ("mm", "addmm", "addmm_", "bmm", "gelu", "gelu_backward", "native_layer_norm", "native_dropout")
 
