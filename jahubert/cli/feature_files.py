@@ -8,6 +8,7 @@ computed with different settings, and features are never taken for those of anot
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -112,19 +113,26 @@ class FeatureFiles:
         if self.folder == self.output:
             return
         files = sorted({self._path(base) for base in bases})
-        arrays = {_key(file.relative_to(self.folder)): np.load(file, mmap_mode="r") for file in files}
         header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in self.settings.items()}}
-        end = 0
-        for name, array in arrays.items():
-            header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-            end += array.nbytes
+        sizes, end = [], 0  # size of each array in bytes
+        for file in files:
+            # Only the shape is kept, so that the file is closed: the number of open files is limited.
+            shape = np.load(file, mmap_mode="r").shape
+            sizes.append(np.dtype(np.float32).itemsize * math.prod(shape))
+            offsets = [end, end + sizes[-1]]
+            header[_key(file.relative_to(self.folder))] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": offsets,
+            }
+            end += sizes[-1]
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         with atomic_write(self.output, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for file, array in zip(files, arrays.values(), strict=True):
+            for file, size in zip(files, sizes, strict=True):
                 with file.open("rb") as part:
-                    part.seek(file.stat().st_size - array.nbytes)
+                    part.seek(-size, os.SEEK_END)
                     shutil.copyfileobj(part, out)
         remove_folder(self.folder)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import jahubert
 from jahubert.cli import feature_files
@@ -198,3 +199,27 @@ def test_single_file_contains_only_the_given_recordings(bundle, folder):
     assert main([*run, "data", "missing.wav"]) == 2
     assert main([*run, "data/a.wav"]) == 0
     assert list(load_file("all.safetensors")) == ["a"]
+
+
+def test_single_file_is_assembled_from_more_files_than_may_be_open(tmp_path):
+    from safetensors.numpy import load_file
+
+    resource = pytest.importorskip("resource")
+    output, bases = tmp_path / "all.safetensors", [Path(f"a{number}") for number in range(100)]
+    files = FeatureFiles(output, {})
+    for number, base in enumerate(bases):
+        files.has(base, f"{base}.wav")
+        files.write(base, [torch.full((number, 3), float(number))], (3,))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unused = os.open(os.devnull, os.O_RDONLY)  # the lowest free descriptor
+    os.close(unused)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused + 50, hard))
+    try:
+        files.finish(bases)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    features = load_file(output)
+    assert {name: array.shape for name, array in features.items()} == {
+        f"a{number}": (number, 3) for number in range(100)
+    }
+    assert all((array == int(name[1:])).all() for name, array in features.items())
