@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +33,6 @@ from jahubert.formats.atomic import atomic_folder
 from jahubert.formats.fairseq import read_fairseq
 from jahubert.formats.hub import resolve_model
 from jahubert.formats.huggingface import (
-    CONFIG,
-    PREPROCESSOR,
-    SAFE,
-    TOKENIZER,
-    VOCABULARY,
     huggingface_config,
     preprocessor_config,
     read_huggingface,
@@ -46,6 +40,17 @@ from jahubert.formats.huggingface import (
     vocabulary,
 )
 from jahubert.formats.model_card import model_card
+from jahubert.formats.model_files import (
+    CENTROIDS,
+    CONFIG,
+    HEADS,
+    INFO,
+    LANGUAGE_MODEL,
+    PREPROCESSOR,
+    SAFE,
+    TOKENIZER,
+    VOCABULARY,
+)
 from jahubert.formats.safe_pickle import load_tensors
 from jahubert.formats.state_dict import (
     HEAD,
@@ -53,9 +58,11 @@ from jahubert.formats.state_dict import (
     config_field,
     count_symbols,
     encoder_shapes,
+    file_layout,
     read_tensors,
     select_tensors,
     symbol_set,
+    tensor_table,
     weight_norm_name,
 )
 from jahubert.formats.torchaudio import read_torchaudio
@@ -65,8 +72,6 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
-INFO, CENTROIDS, HEADS = "jahubert.json", "centroids.safetensors", "pretraining_heads.safetensors"
-LANGUAGE_MODEL = "language_model.arpa.gz"
 # Keys of jahubert.json that `save_bundle` sets itself.
 INFO_KEYS = (
     "format", "config", "temperature", "phonemes", "centroid_layer", "language_model", "weights", "files",
@@ -306,27 +311,14 @@ def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
 def _read_file(path: Path) -> RawModel:
     """Read a fairseq, s3prl or torchaudio file, whose tensor names determine the format."""
     content = read_tensors(path)
-    tables = [content[key] for key in ("model_weight", "model", "state_dict") if key in content]
-    loaded = load_tensors(path, tables[0] if tables else content)
+    loaded = load_tensors(path, tensor_table(content))
     tensors = {weight_norm_name(name): value for name, value in loaded.items()}
-    front_end = re.compile(r"(.*?)feature_extractor\.conv_layers\.0\.")
-    prefixes = {match[1] for name in tensors if (match := front_end.match(name))}
-    if len(prefixes) != 1:
-        raise CheckpointError(
-            f"{path}: not a HuBERT model (tensors: {len(tensors)}, HuBERT front ends: {len(prefixes)}); give "
-            "a fairseq, s3prl or torchaudio file, or a Hugging Face folder"
-        )
-    (prefix,) = prefixes
-    if f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in tensors:
+    prefix, layout = file_layout(path, tensors)
+    if layout == "torchaudio":
+        raw = read_torchaudio(path, tensors, prefix)
+    else:
         raw = read_fairseq(path, content, tensors, prefix)
         layout = "s3prl" if "model_weight" in content else "fairseq"
-    elif f"{prefix}encoder.transformer.layers.0.attention.q_proj.weight" in tensors:
-        raw, layout = read_torchaudio(path, tensors, prefix), "torchaudio"
-    else:
-        raise CheckpointError(
-            f"{path}: its tensor names are neither fairseq's nor torchaudio's; for a Hugging Face model, "
-            "give the folder with its config.json"
-        )
     raw.info = {"origin": {"file": path.name, "layout": layout}}
     return raw
 

@@ -37,18 +37,6 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
         raise _unavailable(name, error) from error
 
 
-def model_files(path: Path) -> list[Path]:
-    """Return the files that are read to open a local model, a file or a folder, or [] if it is no model."""
-    if path.is_file():
-        settings = path.with_suffix(".json")  # of a torchaudio model
-        return [path, settings] if path.suffix in (".pt", ".pth") and settings.is_file() else [path]
-    folder = next((each for each in (path, path / "bundle") if (each / "config.json").exists()), None)
-    if folder is None:
-        return []
-    # Shards of PyTorch weights may have any name that ends in .bin.
-    return sorted({file for pattern in (*_FILES, "*.bin") for file in folder.glob(pattern)})
-
-
 def check_exists(source: str | os.PathLike[str]) -> None:
     """Raise the errors of `resolve_model` without reading or downloading weights.
 

@@ -7,7 +7,6 @@ of weight norm tensors.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,15 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import CheckpointError, quote
+from jahubert.formats.model_files import (
+    ADDED_TOKENS,
+    CONFIG,
+    PREPROCESSOR,
+    SAFE,
+    TOKENIZER,
+    VOCABULARY,
+    weight_files,
+)
 from jahubert.formats.safe_pickle import load_tensors
 from jahubert.formats.state_dict import (
     RawModel,
@@ -27,14 +35,11 @@ from jahubert.formats.state_dict import (
     read_tensors,
     symbol_set,
 )
-from jahubert.formats.typed_fields import read_json, read_optional_json, typed, typed_item
+from jahubert.formats.typed_fields import read_json, read_optional_json, typed_item
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
 
-SAFE, BIN = "model.safetensors", "pytorch_model.bin"
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-VOCABULARY, TOKENIZER = "vocab.json", "tokenizer_config.json"
 # HubertConfig field -> key in Hugging Face's configuration.
 _KEYS = {
     "conv_dims": "conv_dim",
@@ -153,27 +158,13 @@ def tokenizer_config(phonemes: PhonemeSet) -> dict[str, Any] | None:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the tensors in a folder from one file or from the shards listed in an index."""
-    for name in (SAFE, BIN):
-        if (folder / name).exists():
-            return load_tensors(folder / name, read_tensors(folder / name))
-    for name in (SAFE, BIN):
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            tensors: dict[str, Tensor] = {}
-            for shard in _shard_names(index):
-                tensors |= load_tensors(folder / shard, read_tensors(folder / shard))
-            return tensors
-    raise CheckpointError(f"{folder}: {SAFE} is missing; download or copy the folder again")
-
-
-def _shard_names(index: Path) -> list[str]:
-    shards = typed_item(index, read_json(index), "weight_map", dict, {}).values()
-    for name in shards:
-        if typed(index, "a file in weight_map", name, str) != os.path.basename(name):
-            raise CheckpointError(
-                f"{index}: weight_map must refer to files in this folder, found {quote(name)}"
-            )
-    return sorted(set(shards))
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder}: {SAFE} is missing; download or copy the folder again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_tensors(file, read_tensors(file))
+    return tensors
 
 
 def _our_name(name: str) -> str:
@@ -212,7 +203,7 @@ def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> Phonem
     path = folder / VOCABULARY
     if not path.is_file():
         return None
-    rows = {**read_json(path), **read_optional_json(folder / "added_tokens.json")}
+    rows = {**read_json(path), **read_optional_json(folder / ADDED_TOKENS)}
     names = {row: name for name, row in rows.items() if type(row) is int and 0 <= row < n_rows}
     symbols = [names.get(row, f"<{row}>") for row in range(n_rows)]
     blank = typed_item(folder / CONFIG, settings, "pad_token_id", int, 0)

@@ -8,7 +8,7 @@ its reader, its writer and error messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,41 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: broken or truncated safetensors file ({error}); download or copy it again"
         ) from error
+
+
+def tensor_table(content: dict[str, Any]) -> Mapping[Any, Any]:
+    """Return the dict of tensors in the result of `read_tensors`, which may be nested in other content."""
+    tables = [content[key] for key in ("model_weight", "model", "state_dict") if key in content]
+    table = tables[0] if tables else content
+    return table if isinstance(table, Mapping) else {}
+
+
+def file_layout(path: Path, names: Iterable[str]) -> tuple[str, str]:
+    """Determine the format of a model file from the names of its tensors.
+
+    Returns:
+        The prefix of encoder tensor names, and `fairseq` (also for s3prl) or `torchaudio`.
+
+    Raises:
+        CheckpointError: the tensors are not those of a HuBERT model in one of these formats.
+    """
+    names = set(names)
+    front_end = re.compile(r"(.*?)feature_extractor\.conv_layers\.0\.")
+    prefixes = {match[1] for name in names if (match := front_end.match(name))}
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{path}: not a HuBERT model (tensors: {len(names)}, HuBERT front ends: {len(prefixes)}); give "
+            "a fairseq, s3prl or torchaudio file, or a Hugging Face folder"
+        )
+    (prefix,) = prefixes
+    if f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in names:
+        return prefix, "fairseq"
+    if f"{prefix}encoder.transformer.layers.0.attention.q_proj.weight" in names:
+        return prefix, "torchaudio"
+    raise CheckpointError(
+        f"{path}: its tensor names are neither fairseq's nor torchaudio's; for a Hugging Face model, "
+        "give the folder with its config.json"
+    )
 
 
 def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jahubert.errors import CheckpointError
 from jahubert.formats.atomic import atomic_write
+from jahubert.formats.model_files import settings_file
 from jahubert.formats.state_dict import (
     NORMALIZE_EPS,
     WEIGHT_NORM,
@@ -120,7 +121,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     n_symbols = count_symbols(path, ctc, config.width)
     phonemes = None
     if n_symbols is not None and n_symbols == len(labels):
-        phonemes = symbol_set(path.with_suffix(".json"), labels)
+        phonemes = symbol_set(settings_file(path), labels)
     elif n_symbols is not None:
         notes.append(
             f"symbols: omitted, because their number in the source ({len(labels)}) is not the number of CTC "
@@ -141,16 +142,16 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
         "conv_norm": "layer" if layer_norms else "group",
         "normalize_eps": NORMALIZE_EPS,
     }
-    settings_file = path.with_suffix(".json")
-    if settings_file.is_file():
-        settings = read_json(settings_file)
-        fields |= _settings_fields(settings_file, settings)
-        labels = typed_item(settings_file, settings, "labels", list, [])
+    settings_path = settings_file(path)
+    if settings_path.is_file():
+        settings = read_json(settings_path)
+        fields |= _settings_fields(settings_path, settings)
+        labels = typed_item(settings_path, settings, "labels", list, [])
         return make_config(path, from_shapes, fields), labels
     if from_shapes["conv_kernels"] != HubertConfig().conv_kernels:
         raise CheckpointError(
             f"{path}: the front end is not standard, and its strides are unknown; specify them in "
-            f"{settings_file.name} next to this file (see docs/formats.md)"
+            f"{settings_path.name} next to this file (see docs/formats.md)"
         )
     heads = _PUBLISHED_HEADS.get(from_shapes["width"], max(1, from_shapes["width"] // 64))
     fields |= {"heads": heads, "pre_norm": layer_norms, "normalize": layer_norms}
@@ -229,7 +230,7 @@ def write_torchaudio(
         torch.save(tensors, file)
         file.flush()
         # The settings are complete before the weights get their final name.
-        with atomic_write(path.with_suffix(".json")) as text:
+        with atomic_write(settings_file(path)) as text:
             json.dump(call, text, indent=2, ensure_ascii=False)
             text.write("\n")
     return notes

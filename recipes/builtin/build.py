@@ -26,7 +26,8 @@ import jahubert
 from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
-from jahubert.formats.bundle import LANGUAGE_MODEL, LanguageModel, load_bundle, save_bundle
+from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
+from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.scoring import display_text

@@ -17,7 +17,7 @@ from fixtures.unit_stages import make_corpus
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError, DataError
-from jahubert.formats.bundle import LANGUAGE_MODEL
+from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Rejected, Utterance, write_manifest

@@ -39,7 +39,8 @@ from small_experiment import NGRAM, contents, stage_jobs, write_language_models,
 
 from jahubert.audio import load_audio
 from jahubert.errors import UserError
-from jahubert.formats.bundle import INFO, load_bundle
+from jahubert.formats.bundle import load_bundle
+from jahubert.formats.model_files import INFO
 from jahubert.inference.transcribe import Transcriber
 from jahubert.lm.arpa import read_arpa
 from jahubert.lm.lexicon import read_lexicon

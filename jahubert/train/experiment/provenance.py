@@ -22,7 +22,7 @@ from typing import Any
 
 from jahubert.errors import DataError, StaleError, quote
 from jahubert.formats.atomic import PREFIX, atomic_write
-from jahubert.formats.hub import model_files
+from jahubert.formats.model_files import model_files
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
 from jahubert.train.experiment.lock import LOCK_NAME as RUNNING

@@ -11,7 +11,8 @@ from fixtures.damage import flip_bit
 from fixtures.unit_stages import make_corpus, stages
 
 from jahubert.errors import CheckpointError, DataError, UserError
-from jahubert.formats.bundle import INFO, load_bundle
+from jahubert.formats.bundle import load_bundle
+from jahubert.formats.model_files import INFO
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.provenance import DONE

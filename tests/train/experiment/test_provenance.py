@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from jahubert.cli.main import main
 from jahubert.errors import DataError, StaleError
@@ -112,37 +113,62 @@ def test_files_and_models_of_no_stage_are_identified_by_their_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("other_files", "name", "is_read"),
     [
-        "pytorch_model.bin",
-        "pytorch_model-00001-of-00002.bin",
-        "config.json",
-        "preprocessor_config.json",
-        "vocab.json",
-        "jahubert.json",
-        "language_model.arpa.gz",
-        "centroids.safetensors",
-        "bundle/model.safetensors",
+        ("", "config.json", True),
+        ("", "preprocessor_config.json", True),
+        ("", "vocab.json", True),
+        ("", "added_tokens.json", True),
+        ("", "tokenizer_config.json", True),
+        ("", "jahubert.json", True),
+        ("", "bundle/model.safetensors", True),
+        ("jahubert.json", "language_model.arpa.gz", True),
+        ("jahubert.json", "centroids.safetensors", True),
+        ("jahubert.json", "pretraining_heads.safetensors", True),
+        ("", "centroids.safetensors", False),
+        ("", "pytorch_model.bin", True),
+        ("model.safetensors", "pytorch_model.bin", False),
+        ("model.safetensors.index.json", "one.safetensors", True),
+        ("pytorch_model.bin.index.json", "one.safetensors", True),
+        ("model.safetensors.index.json", "two.safetensors", False),
+        ("pytorch_model.bin", "model.safetensors.index.json", False),
+        ("", "training_args.bin", False),
+        ("", "trainer_state.json", False),
+        ("", "README.md", False),
     ],
 )
-def test_every_file_of_a_model_folder_is_part_of_its_identity(tmp_path, name):
+def test_files_that_are_read_are_the_identity_of_a_model_folder(tmp_path, other_files, name, is_read):
     model, out = tmp_path / "model", tmp_path / "out"
     changed = model / name
     changed.parent.mkdir(parents=True)
-    (changed.parent / "config.json").write_text("{}")
-    changed.write_text("one")
+    for file in ("config.json", *other_files.split()):
+        write_json(changed.parent / file, {"weight_map": {"a": "one.safetensors"}})
+    changed.write_text('{"a": 1}')
     acquire(out, stage_inputs("kmeans", 1, Config(model)))
     acquire(out, stage_inputs("kmeans", 1, Config(model)))
-    (model / "README.md").touch()
-    acquire(out, stage_inputs("kmeans", 1, Config(model)))
-    changed.write_text("two")
+    changed.write_text('{"a": 2}')
+    after = stage_inputs("kmeans", 1, Config(model))
+    if not is_read:
+        acquire(out, after)
+        return
     with pytest.raises(StaleError, match=r"kmeans\.source"):
-        acquire(out, stage_inputs("kmeans", 1, Config(model)))
+        acquire(out, after)
+
+
+def test_json_file_next_to_another_model_or_file_is_not_part_of_its_identity(tmp_path):
+    fairseq = {"feature_extractor.conv_layers.0.0.weight", "encoder.layers.0.self_attn.q_proj.weight"}
+    torch.save({name: torch.zeros(1) for name in fairseq}, tmp_path / "model.pt")
+    (tmp_path / "words.txt").write_text("word")
+    for name in ("model.pt", "words.txt"):
+        before = stage_inputs("kmeans", 1, Config(tmp_path / name))
+        write_json((tmp_path / name).with_suffix(".json"), {})
+        assert stage_inputs("kmeans", 1, Config(tmp_path / name)) == before
 
 
 def test_settings_of_a_torchaudio_model_are_part_of_its_identity(tmp_path):
     model, settings, out = tmp_path / "model.pt", tmp_path / "model.json", tmp_path / "out"
-    model.touch()
+    attention = "encoder.transformer.layers.0.attention.q_proj.weight"
+    torch.save({name: torch.zeros(1) for name in ("feature_extractor.conv_layers.0.w", attention)}, model)
     before = stage_inputs("kmeans", 1, Config(model))
     settings.write_text("one")
     acquire(out, stage_inputs("kmeans", 1, Config(model)))
@@ -198,7 +224,7 @@ def test_missing_and_unfinished_inputs_are_rejected(tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     write_json(unfinished / STARTED, {})
-    with pytest.raises(DataError, match="is not finished; run that stage first"):
+    with pytest.raises(DataError, match="is not finished"):
         stage_inputs("kmeans", 1, Config(unfinished))
 
 
