@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
-from jahubert.errors import exit_status
+from jahubert.errors import DISK_FULL, exit_status
 
 BROKEN_PIPE = 141  # exit status if the reader of standard output ends early
 
@@ -28,12 +29,16 @@ def open_standard_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def is_output_error(error: OSError) -> bool:
+    """Return whether writing to standard output raised the error. Errors of files contain the file name."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.EBADF, *DISK_FULL)
+
+
 def failed_output(error: OSError) -> int:
     """Report that standard output cannot be written, and return the exit status."""
     # Otherwise, Python would report the error of standard output again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
-    where = "standard output: " if error.errno else ""  # numpy's errors about files have no errno
-    print(f"jahubert: error: {where}{error.strerror or error}", file=sys.stderr)
+    print(f"jahubert: error: standard output: {error.strerror or error}", file=sys.stderr)
     return exit_status(error)

@@ -42,7 +42,7 @@ from jahubert.errors import (
     printable,
 )
 from jahubert.inference import writers
-from jahubert.streams import failed_output, open_standard_streams
+from jahubert.streams import failed_output, is_output_error, open_standard_streams
 
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
@@ -672,7 +672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.filename is None:
+        if is_output_error(error):
             return failed_output(error)
         print_error(message_of(error))
         return exit_status(error)

@@ -19,6 +19,7 @@ import torch
 from fixtures.sounds import syllables
 
 import jahubert
+from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
 from jahubert.formats.atomic import temporary_path
 from jahubert.formats.bundle import load_bundle, save_bundle
@@ -355,6 +356,19 @@ def test_head_reads_the_first_line_and_ends_the_command(bundle, folder):
     )
     assert done.stdout.startswith("audio\tstart") and done.stdout.count("\n") == 1
     assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if head ended after all output
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+def test_errors_without_a_file_name_are_not_taken_for_errors_of_standard_output(
+    bundle, folder, capsys, monkeypatch, code
+):
+    def fail(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(FeatureFiles, "finish", fail)
+    assert main(["features", "--model", bundle, "-o", "all.safetensors", "data/a.wav"]) == 2
+    err = capsys.readouterr().err
+    assert os.strerror(code) in err and "standard output" not in err and err.count("\n") == 1
 
 
 def test_public_names_exist():

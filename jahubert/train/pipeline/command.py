@@ -34,7 +34,7 @@ settings:
   KEY=VALUE       any other setting, e.g. kmeans.n_clusters=200; ~KEY resets a setting to its default
 
 exit status: 0 success, 1 other error, 2 error in the settings or the data, 75 stopped by a signal, 130
-stopped by Ctrl-C (rerun to resume)"""
+stopped by Ctrl-C (rerun to resume), 141 closed pipe as standard output"""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -10,7 +9,6 @@ import sys
 import traceback
 
 from jahubert.errors import (
-    DISK_FULL,
     MAX_MESSAGE,
     JahubertError,
     MissingExtraError,
@@ -19,7 +17,7 @@ from jahubert.errors import (
     printable,
     shorten,
 )
-from jahubert.streams import failed_output
+from jahubert.streams import failed_output, is_output_error
 from jahubert.train.pipeline.signals import received_signal
 
 INTERRUPTED = 130  # exit status after SIGINT
@@ -43,7 +41,7 @@ def report_error(error: BaseException) -> int:
                 status = INTERRUPTED
     elif isinstance(error, OSError) and error.filename is not None:
         status, message = exit_status(error), f"error: {os.fsdecode(error.filename)}: {error.strerror}"
-    elif isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EBADF):  # errors of files name them
+    elif isinstance(error, OSError) and is_output_error(error):
         return failed_output(error)
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
         # Some launchers, such as srun, report the highest exit status of all ranks. This rank exits with

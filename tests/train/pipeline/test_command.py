@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -25,3 +26,17 @@ def test_jahubert_run_equals_python_m_jahubert_run(capfd, tmp_path, monkeypatch,
 def test_entry_point_imports_neither_torch_nor_hydra():
     code = "import sys, jahubert.run; sys.exit(any(name in sys.modules for name in ('torch', 'hydra')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 1), (errno.EBADF, 2), (errno.EMFILE, 1)]
+)
+def test_only_errors_that_output_can_raise_are_reported_for_standard_output(number, status):
+    code = (
+        "import os, sys; from jahubert.train.pipeline.reporting import report_error; "
+        f"sys.exit(report_error(OSError({number}, os.strerror({number}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert ("standard output" in done.stderr) == (number in (errno.ENOSPC, errno.EBADF))
+    assert (done.stderr == "") == (number == errno.EPIPE)
