@@ -37,6 +37,7 @@ _RECORD_FIELDS: dict[str, Any] = {
     "outputs": dict,
     "seconds": (int, float),
 }
+_FILES = re.compile(r"(.+?)((?:,[^,]+:\d+:[0-9a-f]{8})*)", re.DOTALL)  # (first part, files)
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
 
 
@@ -54,6 +55,15 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     return {"stage": stage, "version": version, "settings": fields}
 
 
+def file_settings(config: Any) -> set[str]:
+    """Return the names of the settings that `stage_inputs` replaces by fingerprints of files or folders."""
+    return {
+        name
+        for name, value in result_fields(config).items()
+        if isinstance(value, Path) or source_file(value) is not None
+    }
+
+
 def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -63,6 +73,7 @@ def acquire(
     inputs: dict[str, Any],
     defaults: Mapping[str, Any] | None = None,
     runtime: Collection[str] = (),
+    files: Collection[str] = (),
 ) -> bool:
     """Record that a stage starts in the folder `out`, unless it was started or finished there before.
 
@@ -71,6 +82,8 @@ def acquire(
         defaults: values of settings that are missing from the folder's record (`default_fields`).
         runtime: names of the settings that do not change the result (`runtime_fields`). Records written by
             earlier versions may contain them.
+        files: names of the settings that refer to files (`file_settings`). Earlier versions recorded them in
+            other forms.
 
     Returns:
         Whether the folder has the complete result of the stage.
@@ -82,7 +95,9 @@ def acquire(
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            _check_unchanged(out, before, inputs, defaults or {}, runtime, finished=name == DONE)
+            stage, settings = inputs["stage"], inputs["settings"]
+            changes = changed_settings(stage, before, settings, defaults or {}, runtime, files)
+            _check_unchanged(out, before, inputs, changes, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / STARTED, {"fingerprint": fingerprint(inputs), **inputs})
@@ -255,8 +270,12 @@ def changed_settings(
     settings: Mapping[str, Any],
     defaults: Mapping[str, Any],
     runtime: Collection[str] = (),
+    files: Collection[str] = (),
 ) -> list[str]:
-    """Return one message per setting that differs from a record."""
+    """Return one message per setting that differs from a record.
+
+    `defaults`, `runtime` and `files` are described in `acquire`.
+    """
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
     old: dict[str, Any] = {}
     for key, value in before.get("settings", {}).items():
@@ -268,7 +287,8 @@ def changed_settings(
     for key in sorted((old.keys() - set(runtime)) | new.keys()):
         before_value = old.get(key, default.get(key))
         value = new.get(key, default.get(key))
-        if before_value != value and before_value not in _earlier_forms(value):
+        is_earlier_form = key in files and before_value in _earlier_forms(value)
+        if before_value != value and not is_earlier_form:
             changes.append(f"{stage}.{key} was {_short(before_value)}, now {_short(value)}")
     return changes
 
@@ -276,14 +296,14 @@ def changed_settings(
 def _earlier_forms(value: Any) -> list[str]:
     """Return a fingerprint in the forms that earlier versions recorded.
 
-    They recorded no checksums of files, and only the .safetensors files of a model folder, the weights of a
-    torchaudio model, or the text of a setting that names a Python file.
+    They recorded no checksums of files, and only the name and the .safetensors files of a model folder, the
+    weights of a torchaudio model, or the text of a setting that names a Python file.
     """
-    if not isinstance(value, str):
+    match = _FILES.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
         return []
-    first, *files = value.split(",")
-    weights = [file for file in files if file.partition(":")[0].endswith(".safetensors")]
-    forms = [value, *([",".join([first, *weights])] if weights or ":" in first else [])]
+    weights = [file for file in match[2].split(",") if file.partition(":")[0].endswith(".safetensors")]
+    forms = [match[0], ",".join([match[1], *weights])]
     return [*forms, *(_FILE_CRC32.sub(r"\1", form) for form in forms)]
 
 
@@ -291,15 +311,13 @@ def _check_unchanged(
     out: Path,
     before: dict[str, Any],
     inputs: dict[str, Any],
-    defaults: Mapping[str, Any],
-    runtime: Collection[str],
+    changes: list[str],
     finished: bool,
 ) -> None:
-    """Raise StaleError if the settings or the version of the stage differ from the record."""
+    """Raise StaleError if settings or the version of the stage have changed since the record."""
     stage, version = inputs["stage"], inputs["version"]
-    changes = changed_settings(stage, before, inputs["settings"], defaults, runtime)
     if before.get("version") != version:
-        changes.append(f"{stage} changed from version {before.get('version')} to {version}")
+        changes = [*changes, f"{stage} changed from version {before.get('version')} to {version}"]
     if not changes:
         return
     state = "was created" if finished else "was started"

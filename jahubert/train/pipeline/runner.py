@@ -92,7 +92,8 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
             lock.enter_context(run_lock(out))
             remove_leftovers(out)
         defaults, runtime = default_fields(config), runtime_fields(config)
-        return inputs, keep_result and provenance.acquire(out, inputs, defaults, runtime)
+        files = provenance.file_settings(config)
+        return inputs, keep_result and provenance.acquire(out, inputs, defaults, runtime, files)
 
     with ExitStack() as lock:
         with report_file_errors(out):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,14 +20,19 @@ from jahubert.train.experiment.provenance import (
     DONE,
     STARTED,
     acquire,
+    changed_settings,
+    file_settings,
     fingerprint,
     finish,
+    read_finished,
     read_record,
     stage_inputs,
     stage_states,
     status_table,
     write_json,
 )
+from jahubert.train.experiment.registry import STAGES
+from jahubert.train.pipeline.runner import run_stage
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def test_files_and_models_of_no_stage_are_identified_by_their_content(tmp_path):
         # Earlier versions did not record checksums.
         name = ",".join(part.rsplit(":", 1)[0] for part in before["settings"]["source"].split(","))
         acquire(out / f"{path.name}-old", before | {"settings": before["settings"] | {"source": name}})
-        acquire(out / f"{path.name}-old", after)
+        acquire(out / f"{path.name}-old", after, files={"source"})
 
 
 @pytest.mark.parametrize(
@@ -173,14 +179,14 @@ def test_settings_of_a_torchaudio_model_are_part_of_its_identity(tmp_path):
     settings.write_text("one")
     acquire(out, stage_inputs("kmeans", 1, Config(model)))
     acquire(tmp_path / "old", before)
-    acquire(tmp_path / "old", stage_inputs("kmeans", 1, Config(model)))
+    acquire(tmp_path / "old", stage_inputs("kmeans", 1, Config(model)), files={"source"})
     settings.write_text("two")
     with pytest.raises(StaleError, match=r"kmeans\.source"):
         acquire(out, stage_inputs("kmeans", 1, Config(model)))
 
 
 def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_files(tmp_path):
-    """Earlier versions recorded no other files. A name alone, of a folder with .bin files, is refused."""
+    """Earlier versions recorded no other files, and only the name of a folder without safetensors files."""
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -190,11 +196,68 @@ def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_fil
     assert (name, config.split(":")[0]) == ("model", "config.json")
     for i, recorded in enumerate((f"{name},{weights}", f"{name},{weights.rpartition(':')[0]}")):
         acquire(tmp_path / f"out{i}", inputs | {"settings": inputs["settings"] | {"source": recorded}})
-        acquire(tmp_path / f"out{i}", inputs)
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        acquire(tmp_path / f"out{i}", inputs, files={"source"})
     acquire(tmp_path / "bin", inputs | {"settings": inputs["settings"] | {"source": name}})
     with pytest.raises(StaleError):
-        acquire(tmp_path / "bin", stage_inputs("kmeans", 1, Config(model)))
+        acquire(tmp_path / "bin", inputs, files={"source"})
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    inputs = stage_inputs("kmeans", 1, Config(model))
+    acquire(tmp_path / "bin", inputs, files={"source"})
+    acquire(tmp_path / "other", inputs | {"settings": inputs["settings"] | {"source": "another"}})
+    with pytest.raises(StaleError):
+        acquire(tmp_path / "other", inputs, files={"source"})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "value"),
+    [
+        ("http://a", "http://a,b"),
+        ("a.flac:1", "a.flac:1:0123abcd"),
+        ("a", "a,b.safetensors:1"),
+        ("a:b", "a:b,c:1:0123abcd"),
+    ],
+)
+def test_text_settings_are_not_compared_as_fingerprints(recorded, value):
+    """Earlier records are compared leniently only for settings that refer to files."""
+    settings = {"source": value, "url": value}
+    changes = changed_settings(
+        "decode", {"settings": settings | {"url": recorded}}, settings, {}, (), {"source"}
+    )
+    assert changes == [f"decode.url was {recorded}, now {value}"]
+
+
+def test_earlier_forms_drop_only_fingerprints_of_files():
+    before, settings = {"settings": {"source": "http://a"}}, {"source": "http://a,b"}
+    assert len(changed_settings("decode", before, settings, {}, (), {"source"})) == 1
+
+
+def test_finished_stage_with_an_earlier_record_of_its_input_is_kept(tmp_path, monkeypatch):
+    stage, runs = ModuleType("stage_for_test"), []
+    stage.__dict__.update(VERSION=1, run=lambda config, out: runs.append(config) or {})
+    monkeypatch.setitem(sys.modules, stage.__name__, stage)
+    monkeypatch.setitem(STAGES, "kmeans", stage.__name__)
+    file, out = tmp_path / "words.txt", tmp_path / "out"
+    file.write_text("word")
+    run_stage("kmeans", Config(file), out)
+    record = read_finished(out)
+    record["settings"]["source"] = "words.txt:4"
+    write_json(out / DONE, record)
+    run_stage("kmeans", Config(file), out)
+    assert len(runs) == 1
+    file.write_text("other")
+    with pytest.raises(StaleError, match=r"kmeans\.source was words\.txt:4, now"):
+        run_stage("kmeans", Config(file), out)
+
+
+def test_settings_that_refer_to_files_are_found(tmp_path, source):
+    (tmp_path / "custom.py").touch()
+
+    @dataclass(frozen=True)
+    class Custom(Config):
+        kind: str = f"{tmp_path}/custom.py:Feature"
+        model: Path | None = None
+
+    assert file_settings(Custom(source)) == {"source", "kind"}
 
 
 def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
@@ -210,7 +273,7 @@ def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
     acquire(out, inputs)
     acquire(out, stage_inputs("features", 1, Custom(source)))
     acquire(tmp_path / "old", recorded)
-    acquire(tmp_path / "old", inputs)
+    acquire(tmp_path / "old", inputs, files={"source", "kind"})
     file.write_text("class Feature: ...")
     with pytest.raises(StaleError, match=r"features\.kind was .*custom\.py"):
         acquire(out, stage_inputs("features", 1, Custom(source)))
