@@ -19,14 +19,15 @@ import numpy as np
 from torch import Tensor
 
 from jahubert.cli.console import STDIN
-from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError
+from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError, file_system_error
 from jahubert.formats.atomic import atomic_write, remove_folder
 
 SINGLE = ".safetensors"
 RECORD = "features.json"
 SOURCES = "sources.jsonl"
 
-Source = dict[str, Any]  # absolute path, size in bytes and modification time (ns) of a recording
+# Absolute path without symbolic links, size in bytes and modification time (ns) of a recording.
+Source = dict[str, Any]
 
 
 class FeatureFiles:
@@ -77,10 +78,10 @@ class FeatureFiles:
     def has(self, base: Path, audio: str) -> bool:
         """Return whether the features of `audio` exist and the recording has not changed since.
 
-        Features of standard input are always computed.
+        Features of standard input are always computed. If a recording was moved, its new path is recorded.
 
         Raises:
-            StaleError: the output file contains the features of a recording with another path.
+            StaleError: the output file contains the features of another recording.
         """
         path, key = self._path(base), os.fspath(base)
         source = self.sources[key] = _source_of(audio)
@@ -88,11 +89,14 @@ class FeatureFiles:
         if written is None or not path.exists():
             return False
         if written.get("path") != source["path"]:
-            raise StaleError(
-                f"{path} contains the features of {written.get('path')}, not of {source['path']}; choose "
-                "another output, or delete the file"
-            )
-        return source["size"] is not None and written == source
+            if not _was_moved(written, source):
+                raise StaleError(
+                    f"{path} contains the features of {written.get('path')}, not of {source['path']}; choose "
+                    f"another output, or remove {self.folder}"
+                )
+            _append_line(self.folder / SOURCES, {"file": key, **source})
+            self.written[key] = source
+        return source["size"] is not None and self.written[key] == source
 
     def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
         """Write chunks of frames (S, *shape) to a float32 .npy file."""
@@ -152,7 +156,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _source_of(audio: str) -> Source:
     """Return the identity of a recording. Size and time are None for standard input and missing files."""
-    path = STDIN if audio == STDIN else os.path.abspath(audio)
+    path = STDIN if audio == STDIN else os.path.realpath(audio)
     try:
         status = None if audio == STDIN else os.stat(path)
     except OSError:
@@ -160,6 +164,16 @@ def _source_of(audio: str) -> Source:
     if status is None:
         return {"path": path, "size": None, "mtime_ns": None}
     return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _was_moved(written: Source, source: Source) -> bool:
+    """Return whether two sources with different paths are the same recording, which has been moved.
+
+    If the old path still exists, it is another recording: files of a corpus may have equal sizes and times.
+    """
+    if source["size"] is None or {**written, "path": source["path"]} != source:
+        return False
+    return isinstance(written.get("path"), str) and not os.path.exists(written["path"])
 
 
 def _read_sources(path: Path) -> dict[str, Source]:
@@ -177,12 +191,15 @@ def _read_sources(path: Path) -> dict[str, Source]:
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the previous line is incomplete
-                file.write(b"\n")
-        file.write(json.dumps(content).encode() + b"\n")
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the previous line is incomplete
+                    file.write(b"\n")
+            file.write(json.dumps(content).encode() + b"\n")
+    except OSError as error:  # errors of writing do not name the file
+        raise file_system_error(error, path) or error from error
 
 
 def parts_folder(output: Path) -> Path:

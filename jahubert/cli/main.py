@@ -286,9 +286,8 @@ def features(args: argparse.Namespace) -> int:
         files.finish(item.base for item in inputs)
     elif files.folder != files.output:
         print_error(
-            f"{files.output} was not written, because at least one recording failed; all other features are "
-            f"kept in {files.folder}. Rerun the command after repairing the failed recordings, or without "
-            "them."
+            f"{files.output} was not written, because at least one input failed; all other features are "
+            f"kept in {files.folder}. Rerun the command after fixing the failed inputs, or without them."
         )
     return progress.finish()
 

@@ -75,6 +75,47 @@ def test_features_of_another_recording_of_the_same_name_are_refused(bundle, fold
     np.testing.assert_allclose(np.load("out/a.npy"), extractor("b/a.wav").numpy(), atol=1e-5)
 
 
+def test_recordings_are_recognized_through_links_and_after_they_were_moved(bundle, folder, capsys):
+    run = ["features", "--model", bundle, "-o", "out"]
+    assert main([*run, "data/a.wav"]) == 0
+    Path("out/a.npy").write_bytes(b"kept as it is")
+    Path("link").symlink_to("data")
+    assert main([*run, "link/a.wav"]) == 0
+    Path("data").rename("moved")
+    assert main([*run, "moved/a.wav"]) == 0
+    assert capsys.readouterr().err.count("1 of 1 recordings") == 2
+    assert Path("out/a.npy").read_bytes() == b"kept as it is"
+    os.utime("moved/a.wav", (1, 1))  # the new path is known, so this is a change of the same recording
+    assert main([*run, "moved/a.wav"]) == 0
+    assert np.load("out/a.npy").shape[1] == 16
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full not found")
+def test_full_disk_names_the_list_of_sources(bundle, folder, capsys, monkeypatch):
+    run = ["features", "--model", bundle, "-o", "out"]
+    assert main([*run, "data/a.wav"]) == 0
+    Path("data").rename("moved")
+    sources, read = Path("out/sources.jsonl"), feature_files._read_sources
+    sources.rename("kept")
+    sources.symlink_to("/dev/full")
+    monkeypatch.setattr(feature_files, "_read_sources", lambda path: read(Path("kept")))
+    assert main([*run, "moved/a.wav"]) == 1
+    err = capsys.readouterr().err
+    assert str(sources) in err and "standard output" not in err
+
+
+def test_recordings_with_equal_sizes_and_times_are_distinguished(bundle, folder, capsys):
+    """All recordings of a corpus may have the same length and, if unpacked from an archive, the same time."""
+    Path("b").mkdir()
+    Path("b/a.wav").write_bytes(Path("data/a.wav").read_bytes())
+    for path in ("data/a.wav", "b/a.wav"):
+        os.utime(path, (1, 1))
+    run = ["features", "--model", bundle, "-o", "out"]
+    assert main([*run, "data/a.wav"]) == 0
+    assert main([*run, "b/a.wav"]) == 2
+    assert "remove out" in capsys.readouterr().err
+
+
 def test_features_without_a_complete_record_of_their_source_are_computed_again(bundle, folder, capsys):
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
@@ -159,10 +200,8 @@ def test_damaged_record_is_named(bundle, folder, capsys, content):
     assert "features.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cause", ["write", "encode", "damaged", "missing"])
-def test_single_file_is_assembled_only_after_all_recordings_succeeded(
-    bundle, folder, capsys, monkeypatch, cause
-):
+@pytest.mark.parametrize("cause", ["write", "encode", "damaged", "missing", "pattern"])
+def test_single_file_is_assembled_only_if_all_inputs_succeed(bundle, folder, capsys, monkeypatch, cause):
     """The features of the other recordings are kept and not computed again."""
     from safetensors.numpy import load_file
 
@@ -179,12 +218,12 @@ def test_single_file_is_assembled_only_after_all_recordings_succeeded(
             patch.setattr(FeatureFiles, "write", failing)
         elif cause == "damaged":
             Path("data/bad.wav").write_bytes(b"RIFFnothing")
-        assert main([*run, *(["missing.wav"] if cause == "missing" else [])]) == (
-            1 if cause == "encode" else 2
-        )
+        unusable = {"missing": ["missing.wav"], "pattern": ["none*.wav"]}.get(cause, [])
+        assert main([*run, *unusable]) == (1 if cause == "encode" else 2)
     assert not Path("all.safetensors").exists()
     kept = Path("all.safetensors.parts/sub/日本語 名前.npy")
-    assert kept.exists() and str(kept.parents[1]) in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert kept.exists() and str(kept.parents[1]) in err and "input failed" in err
     Path("data/bad.wav").unlink(missing_ok=True)
     assert main(run) == 0
     assert f"{1 if cause in ('write', 'encode') else 2} of 2 recordings" in capsys.readouterr().err
