@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import TypeVar
 
 from torch import Tensor
 
-from jahubert.audio import AudioLike, load_audio
+from jahubert.audio import AudioLike, AudioSource, load_audio
 from jahubert.prefetch import prefetch
 
 R = TypeVar("R")
@@ -38,12 +40,25 @@ def read_ahead(
 ) -> Generator[tuple[AudioLike, R], None, None]:
     """Yield recordings in order, each with the result of `read`, which is called in background threads.
 
-    Open streams, which may block, are read when they are reached.
+    Open streams, FIFOs and devices, which may block, are read when they are reached, in the caller's thread.
 
     Args:
         n: number of recordings to read ahead.
     """
-    ahead = prefetch(lambda item: None if hasattr(item, "read") else (read(item),), audio, n)
+    ahead = prefetch(lambda item: None if _may_block(item) else (read(item),), audio, n)
     with closing(ahead):
         for item, result in ahead:
             yield item, read(item) if result is None else result[0]
+
+
+def _may_block(item: AudioLike) -> bool:
+    """Return whether reading a recording may wait for another process."""
+    if hasattr(item, "read"):
+        return True
+    path = item.path if isinstance(item, AudioSource) else item
+    if not isinstance(path, str | os.PathLike):
+        return False
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # a missing file or an invalid name, which is reported when it is opened
+        return False

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -465,6 +466,34 @@ def test_closed_standard_input_is_reported(bundle, folder, capsys, monkeypatch, 
     assert main([command, "--model", bundle, "-", "data/a.wav"]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("data/a.wav\t") and "Traceback" not in err and "standard input" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+@pytest.mark.parametrize("name", ["transcribe", "units"])
+def test_ctrl_c_ends_a_command_that_waits_for_a_fifo(bundle, folder, name):
+    os.mkfifo("fifo.wav")
+    line = [sys.executable, "-m", "jahubert", name, "--model", bundle, "fifo.wav"]
+    # Background jobs of a shell ignore SIGINT by default.
+    with subprocess.Popen(line, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        try:
+            writer = open_for_writing("fifo.wav", process)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 130
+            os.close(writer)
+        finally:
+            process.kill()
+
+
+def open_for_writing(fifo: str, reader: subprocess.Popen) -> int:
+    """Open a FIFO as soon as the reader has opened it."""
+    for _ in range(1200):
+        assert reader.poll() is None
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            assert error.errno == errno.ENXIO  # there is no reader
+            time.sleep(0.05)
+    raise TimeoutError(fifo)
 
 
 def test_file_name_that_starts_with_a_dash_is_explained(bundle, folder, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
@@ -211,6 +213,27 @@ def test_streams_are_read_when_they_are_reached():
         assert {reader for reader, _ in read} == {stream}
         assert {thread for _, thread in read} == {threading.current_thread()}
         read.clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_fifos_are_opened_when_they_are_reached(tmp_path, monkeypatch):
+    """Opening a FIFO blocks until it has a writer, and only the main thread can be interrupted."""
+    fifo, link, plain = tmp_path / "fifo", tmp_path / "link", tmp_path / "plain.wav"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    plain.touch()
+    thread_of = {}
+
+    def load(item, _):
+        thread_of[item] = threading.current_thread()
+        return noise(400)
+
+    monkeypatch.setattr("jahubert.inference.reading.load_audio", load)
+    blocking = [fifo, str(fifo), link, AudioSource(str(fifo))]
+    others = [plain, AudioSource(str(plain)), tmp_path / "missing", "a\0.wav"]
+    assert [item for item, _ in prefetch_audio(blocking + others)] == blocking + others
+    assert {thread_of[item] for item in blocking} == {threading.current_thread()}
+    assert threading.current_thread() not in {thread_of[item] for item in others}
 
 
 def test_prefetching_is_bounded(monkeypatch):
