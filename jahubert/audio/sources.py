@@ -105,20 +105,36 @@ def _read_stream(stream: Any, name: str) -> bytes:
     """Read a pipe or binary stream to its end.
 
     Raises:
-        AudioError: the stream is a text stream or exceeds the limit, as an endless stream does.
+        AudioError: the stream is a text stream, or exceeds the limit for streams that are not seekable, as an
+            endless stream does.
     """
     max_bytes = limit(STREAM_BYTES)
     content = io.BytesIO()
     while block := stream.read(_BLOCK):
         if not isinstance(block, bytes):
             raise AudioError(f"{name} is a text stream: open the file in binary mode, or pass its path")
-        if content.tell() + len(block) > max_bytes:
+        n_bytes = content.tell() + len(block)
+        if n_bytes > max_bytes:
+            max_bytes = max(max_bytes, _end(stream))
+        if n_bytes > max_bytes:
             raise AudioError(
-                f"{name} has more than {max_bytes:,} bytes, the limit for pipes and streams; "
+                f"{name} has more than {max_bytes:,} bytes, the limit for streams that are not seekable; "
                 f"write it to a file, or {ADVICE}"
             )
         content.write(block)
     return content.getvalue()
+
+
+def _end(stream: Any) -> int:
+    """Return the end position of a seekable stream, or 0 for pipes and endless devices."""
+    try:
+        position = stream.tell()
+        stream.seek(0, os.SEEK_END)
+        end: int = stream.tell()
+        stream.seek(position)
+    except (AttributeError, OSError, ValueError):
+        return 0
+    return end
 
 
 def _in_memory(name: str, data: bytes) -> AudioBytes:

@@ -11,6 +11,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,27 @@ def test_endless_sources_are_rejected(monkeypatch):
         with pytest.raises(AudioError, match=VARIABLE):
             audio_length(f"/dev/fd/{process.stdout.fileno()}")
         process.stdout.close()
+
+
+def test_seekable_streams_have_no_size_limit(monkeypatch, tmp_path):
+    data = encode(NOISE)
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"skipped" + data)
+    monkeypatch.setattr(sources, "STREAM_BYTES", 1000)
+    monkeypatch.setattr(sources, "_BLOCK", 400)
+    assert len(load_audio(io.BytesIO(data))) == len(NOISE)
+    for buffering in (-1, 0):
+        with path.open("rb", buffering) as stream:
+            stream.seek(len(b"skipped"))
+            assert torch.equal(load_audio(stream), load_audio(AudioSource(str(path), len(b"skipped"))))
+
+    class Unseekable(io.BytesIO):
+        def seek(self, *_):
+            raise io.UnsupportedOperation("seek")
+
+    for stream in (Unseekable(data), SimpleNamespace(read=io.BytesIO(data).read)):
+        with pytest.raises(AudioError, match=VARIABLE):
+            load_audio(stream)
 
 
 def test_shared_cases_have_their_full_length(shared_data):
