@@ -124,7 +124,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
-        name, length = "the array", _resampled_length(len(_array(array)), rate)
+        name, length = "the array", _resampled_length(_array_length(array), rate)
     else:
         with _open(source) as (name, decoders):
             length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
@@ -220,26 +220,43 @@ def _rate(value: Any) -> int:
     return int(value)
 
 
+def _check_array(source: np.ndarray | torch.Tensor) -> None:
+    """Check the shape and type of an array."""
+    if source.ndim not in (1, 2):
+        shape = tuple(source.shape)
+        raise AudioError(
+            f"audio arrays must be (T,), (channels, T) or (T, channels), but the shape is {shape}"
+        )
+    if isinstance(source, torch.Tensor):
+        is_float = source.is_floating_point()
+    else:
+        is_float = np.issubdtype(source.dtype, np.floating)
+    dtype = str(source.dtype).removeprefix("torch.")
+    if not is_float and dtype not in ("uint8", "int8", "int16", "int32"):
+        raise AudioError(
+            f"audio arrays must contain floats, uint8, int8, int16 or int32, but the dtype is {dtype}"
+        )
+
+
+def _array_length(source: np.ndarray | torch.Tensor) -> int:
+    """Return the number of frames in `_array(source)`, without converting the array."""
+    _check_array(source)
+    return 0 if 0 in source.shape else max(source.shape)
+
+
 def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     """Convert an array of a supported type and orientation to float samples (frames, channels)."""
+    _check_array(source)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
-    if source.ndim not in (1, 2):
-        raise AudioError(
-            f"audio arrays must be (T,), (channels, T) or (T, channels), but the shape is {source.shape}"
-        )
     samples: np.ndarray
     if source.dtype == np.uint8:
         samples = (source.astype(np.float32) - 128) / 128
-    elif source.dtype in (np.int8, np.int16, np.int32):
+    elif np.issubdtype(source.dtype, np.integer):
         samples = source.astype(np.float32) / -float(np.iinfo(source.dtype).min)
-    elif np.issubdtype(source.dtype, np.floating):
-        samples = source.astype(np.float32)  # a copy, so that the result shares no memory with the argument
     else:
-        raise AudioError(
-            f"audio arrays must contain floats, uint8, int8, int16 or int32, but the dtype is {source.dtype}"
-        )
+        samples = source.astype(np.float32)  # a copy, so that the result shares no memory with the argument
     if samples.ndim == 1 or not samples.size:
         return samples.reshape(-1, 1)
     return samples.T if samples.shape[0] < samples.shape[1] else samples

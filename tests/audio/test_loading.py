@@ -123,6 +123,11 @@ def test_stereo_is_averaged_in_either_orientation():
         (np.zeros((), np.float32), None),
         (np.zeros(8, np.complex64), None),
         (np.zeros(8, np.int64), None),
+        (np.zeros(8, ">i2"), None),
+        (np.zeros(8, bool), None),
+        (torch.zeros(8, dtype=torch.complex64), None),
+        (torch.zeros(8, dtype=torch.int64), None),
+        (torch.zeros(()), None),
         ([], None),
     ],
 )
@@ -130,6 +135,14 @@ def test_arrays_that_cannot_be_loaded_have_no_length(array, rate):
     for function in (load_audio, audio_length):
         with pytest.raises(AudioError):
             function(array, rate)
+
+
+def test_length_of_an_array_is_found_without_a_copy():
+    """The arrays are views of one sample, whose conversion would need 4 TB of memory."""
+    n = 1_000_000_000_000
+    assert audio_length(np.broadcast_to(np.int16(1), (n,)), 32_000) == n // 2
+    assert audio_length(np.broadcast_to(np.float64(0.5), (2, n))) == n
+    assert audio_length(torch.zeros(1, dtype=torch.bfloat16).expand(n)) == n
 
 
 def test_array_types_are_scaled_by_their_full_scale():
