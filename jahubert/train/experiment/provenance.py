@@ -39,6 +39,8 @@ _RECORD_FIELDS: dict[str, Any] = {
 }
 _FILES = re.compile(r"(.+?)((?:,[^,]+:\d+:[0-9a-f]{8})*)", re.DOTALL)  # (first part, files)
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
+# (stage, setting) -> values in earlier versions that have been removed, and the values with the same result.
+_REMOVED_VALUES = {("kmeans", "backend"): {"auto": "torch"}}
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
@@ -286,6 +288,8 @@ def changed_settings(
     changes = []
     for key in sorted((old.keys() - set(runtime)) | new.keys()):
         before_value = old.get(key, default.get(key))
+        if isinstance(before_value, str):
+            before_value = _REMOVED_VALUES.get((stage, key), {}).get(before_value, before_value)
         value = new.get(key, default.get(key))
         is_earlier_form = key in files and before_value in _earlier_forms(value)
         if before_value != value and not is_earlier_form:

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +33,7 @@ from jahubert.train.experiment.provenance import (
 )
 from jahubert.train.experiment.registry import STAGES
 from jahubert.train.pipeline.runner import run_stage
+from jahubert.train.stages import kmeans
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,18 @@ def test_finished_stage_with_an_earlier_record_of_its_input_is_kept(tmp_path, mo
     file.write_text("other")
     with pytest.raises(StaleError, match=r"kmeans\.source was words\.txt:4, now"):
         run_stage("kmeans", Config(file), out)
+
+
+def test_removed_value_in_an_earlier_record_equals_its_replacement(tmp_path, source):
+    config = kmeans.Config(source)
+    inputs = stage_inputs("kmeans", kmeans.VERSION, config)
+    acquire(tmp_path / "out", inputs | {"settings": inputs["settings"] | {"backend": "auto"}})
+    acquire(tmp_path / "out", inputs)
+    changed = stage_inputs("kmeans", kmeans.VERSION, replace(config, backend="faiss"))
+    with pytest.raises(StaleError, match=r"kmeans\.backend was torch, now faiss"):
+        acquire(tmp_path / "out", changed)
+    other = {"settings": {"backend": "auto"}}  # of another stage
+    assert changed_settings("features", other, {"backend": "torch"}, {}) != []
 
 
 def test_settings_that_refer_to_files_are_found(tmp_path, source):
