@@ -66,10 +66,24 @@ def _import_faiss(gpu: bool) -> Any:
 
 
 def fit_sklearn(frames_ND: Frames, options: KmeansOptions) -> Fit:
-    """Run scikit-learn's MiniBatchKMeans with the arguments of fairseq, `n_clusters` and `seed`."""
+    """Run scikit-learn's MiniBatchKMeans with the arguments of fairseq, `n_clusters` and `seed`.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+        DataError: the frames are not finite.
+    """
+    _import_sklearn_cluster()  # imported first, so that errors are raised early
     centroids = sklearn_centroids(_to_numpy(frames_ND), options.n_clusters, options.seed)
     statistics = assign_pass(frames_ND, torch.from_numpy(centroids).to(options.device))
     return Fit(statistics, [statistics.inertia], 0)
+
+
+def _import_sklearn_cluster() -> Any:
+    try:
+        import sklearn.cluster
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "sklearn") from error
+    return sklearn.cluster
 
 
 def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
@@ -78,23 +92,23 @@ def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.n
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "sklearn") from error
-    kmeans = MiniBatchKMeans(
-        n_clusters=n_clusters,
-        init="k-means++",
-        max_iter=100,
-        batch_size=10_000,
-        tol=0.0,
-        max_no_improvement=100,
-        init_size=None,
-        n_init=20,
-        reassignment_ratio=0.0,
-        compute_labels=False,
-        random_state=seed,
-    ).fit(frames_ND)
+    kmeans = (
+        _import_sklearn_cluster()
+        .MiniBatchKMeans(
+            n_clusters=n_clusters,
+            init="k-means++",
+            max_iter=100,
+            batch_size=10_000,
+            tol=0.0,
+            max_no_improvement=100,
+            init_size=None,
+            n_init=20,
+            reassignment_ratio=0.0,
+            compute_labels=False,
+            random_state=seed,
+        )
+        .fit(frames_ND)
+    )
     centroids_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float32)
     return centroids_KD
 

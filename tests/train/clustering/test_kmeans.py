@@ -148,8 +148,9 @@ def test_invalid_input_is_rejected(monkeypatch):
             fit_kmeans(broken, KmeansOptions(2, backend=backend))
     for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "sklearn")):
         monkeypatch.setitem(sys.modules, package, None)
+        # The package is imported before the frames are read, which would raise a DataError.
         with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
-            fit_kmeans(frames, KmeansOptions(2, backend=backend))
+            fit_kmeans(broken, KmeansOptions(2, backend=backend))
 
 
 @pytest.mark.parametrize(("n", "size"), [(50, 7), (50, 43), (9, 9), (5, 0)])
