@@ -27,7 +27,10 @@ N_THREADS = max(1, min(MAX_THREADS, usable_cores() // 2))  # the other cores are
 
 
 def prefetch(
-    function: Callable[[T], R], items: Iterable[T], n: int = 4
+    function: Callable[[T], R],
+    items: Iterable[T],
+    n: int = 4,
+    defer: Callable[[T], bool] = lambda item: False,
 ) -> Generator[tuple[T, R], None, None]:
     """Map `function` over `items` in background threads.
 
@@ -35,20 +38,31 @@ def prefetch(
 
     Args:
         n: number of items to process ahead of the consumer.
+        defer: function that returns whether an item is not to be processed yet. It is called in a background
+            thread, and again whenever the consumer takes a result. An item that is still deferred when it is
+            reached is processed in the thread of the consumer.
 
     Yields:
         Pairs (item, result) in order. An exception in `function` is raised when its item is reached.
     """
+
+    def work(item: T) -> tuple[R] | None:
+        return None if defer(item) else (function(item),)
+
     items = iter(items)
     pool = ThreadPoolExecutor(N_THREADS, THREAD_PREFIX)
-    pending: deque[tuple[T, Future[R]]] = deque()
+    pending: deque[tuple[T, Future[tuple[R] | None]]] = deque()
     try:
         while True:
             for item in islice(items, n + 1 - len(pending)):
-                pending.append((item, pool.submit(function, item)))
+                pending.append((item, pool.submit(work, item)))
             if not pending:
                 return
             item, future = pending.popleft()
-            yield item, future.result()
+            for position, (later, state) in enumerate(pending):
+                if state.done() and state.exception() is None and state.result() is None:
+                    pending[position] = (later, pool.submit(work, later))
+            result = future.result()
+            yield item, function(item) if result is None else result[0]
     finally:
         pool.shutdown(cancel_futures=True)

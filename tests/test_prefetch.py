@@ -38,6 +38,30 @@ def test_results_are_in_order_and_computed_ahead():
     assert threads() == before
 
 
+def test_deferred_items_are_computed_when_possible():
+    """Items are computed in the background once they are no longer deferred, and when they are reached."""
+    hold, computed = [True], {}
+
+    def work(number: int) -> int:
+        computed[number] = threading.current_thread()
+        return -number
+
+    main, before = threading.current_thread(), threads()
+    with closing(prefetch(work, range(30), 5, lambda number: hold[0] or number in (7, 8))) as results:
+        assert [next(results) for _ in range(3)] == [(0, 0), (1, -1), (2, -2)]
+        assert list(computed) == [0, 1, 2] and set(computed.values()) == {main}
+        time.sleep(0.05)
+        hold[0] = False
+        next(results)
+        deadline = time.monotonic() + 10
+        while not {4, 5, 6} <= computed.keys() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert {4, 5, 6} <= computed.keys() and 7 not in computed
+        assert list(results) == [(number, -number) for number in range(4, 30)]
+    assert [number for number in range(4, 30) if computed[number] is main] == [7, 8]
+    assert threads() == before
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_at_most_n_items_are_started_ahead(n):
     started = []

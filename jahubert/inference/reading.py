@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import TypeVar
@@ -11,11 +12,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from jahubert.audio import AudioLike, AudioSource, load_audio
+from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 
 R = TypeVar("R")
 
 PREFETCH = 32  # number of recordings to decode ahead
+MAX_SAMPLES = 600 * SAMPLE_RATE  # decoded samples (10 minutes, 38 MB) above which no recording is read ahead
 
 
 def prefetch_audio(
@@ -32,23 +35,40 @@ def prefetch_audio(
         except Exception as error:
             return error
 
-    return read_ahead(read, audio, PREFETCH)
+    return read_ahead(read, audio, PREFETCH, lambda wav: 0 if isinstance(wav, Exception) else len(wav))
 
 
 def read_ahead(
-    read: Callable[[AudioLike], R], audio: Iterable[AudioLike], n: int
+    read: Callable[[AudioLike], R], audio: Iterable[AudioLike], n: int, n_samples: Callable[[R], int]
 ) -> Generator[tuple[AudioLike, R], None, None]:
     """Yield recordings in order, each with the result of `read`, which is called in background threads.
 
-    Open streams, FIFOs and devices, which may block, are read when they are reached, in the caller's thread.
+    While the results that are read ahead have more than `MAX_SAMPLES` samples, no further recording is read
+    ahead. Open streams, FIFOs and devices, which may block, are read when they are reached, in the caller's
+    thread.
 
     Args:
         n: number of recordings to read ahead.
+        n_samples: function that returns the number of decoded samples in a result.
     """
-    ahead = prefetch(lambda item: None if _may_block(item) else (read(item),), audio, n)
+    lock = threading.Lock()
+    n_waiting = 0  # number of samples that have been read and not yet reached
+
+    def count(change: int) -> None:
+        nonlocal n_waiting
+        with lock:
+            n_waiting += change
+
+    def counted(item: AudioLike) -> R:
+        result = read(item)
+        count(n_samples(result))
+        return result
+
+    ahead = prefetch(counted, audio, n, lambda item: n_waiting >= MAX_SAMPLES or _may_block(item))
     with closing(ahead):
         for item, result in ahead:
-            yield item, read(item) if result is None else result[0]
+            count(-n_samples(result))
+            yield item, result
 
 
 def _may_block(item: AudioLike) -> bool:

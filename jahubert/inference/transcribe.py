@@ -310,7 +310,12 @@ class Transcriber:
                 the segment is recognized, before the transcript of the recording is yielded.
         """
         batch: list[tuple[str, Tensor]] = []
-        recordings = read_ahead(lambda item: self._open(item, sample_rate), audio, PREFETCH)
+        recordings = read_ahead(
+            lambda item: self._open(item, sample_rate),
+            audio,
+            PREFETCH,
+            lambda opened: sum(len(chunk.wav_T) for chunk in opened.head),
+        )
         with closing(recordings):
             for item, opened in recordings:
                 name, error = _name(item), opened.error

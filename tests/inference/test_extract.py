@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from jahubert.audio import AudioSource
+from jahubert.audio import AudioSource, load_audio
 from jahubert.errors import AudioError, CheckpointError, ConfigError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
@@ -22,6 +23,7 @@ from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExt
 from jahubert.inference.reading import prefetch_audio
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.prefetch import N_THREADS
 
 TINY = HubertConfig(
     conv_dims=(8,) * 7, width=16, layers=3, heads=2, ffn=32, pos_conv_kernel=8, pos_conv_groups=2
@@ -251,6 +253,26 @@ def test_prefetching_is_bounded(monkeypatch):
         next(stream)
     assert taken <= 14
     stream.close()
+
+
+def test_decoded_audio_that_waits_is_bounded(model, monkeypatch):
+    """Long recordings are not all read while the first is encoded, and results remain in order."""
+    monkeypatch.setattr("jahubert.inference.reading.MAX_SAMPLES", 16_000)
+    extractor = FeatureExtractor(model, device="cpu")
+    wavs = [noise(8_000 + 400 * i, i) for i in range(20)]
+    expected = extractor(wavs)
+    read = []
+
+    def load(item, rate):
+        read.append(item)
+        return load_audio(item, rate)
+
+    monkeypatch.setattr("jahubert.inference.reading.load_audio", load)
+    for i, features in enumerate(extractor.many(wavs, batch_seconds=0.1)):
+        time.sleep(0.01)
+        assert len(read) <= i + 1 + 2 + N_THREADS
+        torch.testing.assert_close(features, expected[i])
+    assert len(read) == len(wavs)
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
