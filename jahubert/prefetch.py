@@ -54,14 +54,14 @@ def prefetch(
     pending: deque[tuple[T, Future[tuple[R] | None]]] = deque()
     try:
         while True:
+            for position, (item, future) in enumerate(pending):  # deferred items precede new ones
+                if future.done() and future.exception() is None and future.result() is None:
+                    pending[position] = (item, pool.submit(work, item))
             for item in islice(items, n + 1 - len(pending)):
                 pending.append((item, pool.submit(work, item)))
             if not pending:
                 return
             item, future = pending.popleft()
-            for position, (later, state) in enumerate(pending):
-                if state.done() and state.exception() is None and state.result() is None:
-                    pending[position] = (later, pool.submit(work, later))
             result = future.result()
             yield item, function(item) if result is None else result[0]
     finally:

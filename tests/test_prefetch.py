@@ -13,7 +13,7 @@ import pytest
 from fixtures.unit_stages import N, make_corpus, stages
 
 from jahubert.errors import AudioError, DiskFullError
-from jahubert.prefetch import THREAD_PREFIX, prefetch
+from jahubert.prefetch import N_THREADS, THREAD_PREFIX, prefetch
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.clustering.streaming import stream_features
 from jahubert.train.data.manifest import Manifest
@@ -60,6 +60,22 @@ def test_deferred_items_are_computed_when_possible():
         assert list(results) == [(number, -number) for number in range(4, 30)]
     assert [number for number in range(4, 30) if computed[number] is main] == [7, 8]
     assert threads() == before
+
+
+def test_deferred_items_precede_new_items():
+    """If there is room for few results, they are those of the next items."""
+    computed: dict[int, threading.Thread] = {}
+    taken = 0
+
+    def work(number: int) -> None:
+        computed[number] = threading.current_thread()
+
+    with closing(prefetch(work, range(30), 9, lambda number: len(computed) - taken >= 5)) as results:
+        for number, _ in results:
+            taken += 1
+            time.sleep(0.005)
+            assert max(computed) <= number + 5 + N_THREADS
+    assert threading.current_thread() not in computed.values()
 
 
 @pytest.mark.parametrize("n", [1, 4])
