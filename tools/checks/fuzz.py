@@ -83,10 +83,19 @@ def _run_child(arguments: list[str], folder: Path, log: Path) -> None:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(status)
+    finally:  # the child must not return, even if an error cannot be printed
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+
+def is_argument(word: str) -> bool:
+    """Return whether a shell can pass `word` as an argument."""
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:  # a surrogate that does not stand for a byte
+        return False
 
 
 def problem_of(outcome: Outcome, base_memory: int) -> str:
@@ -183,7 +192,7 @@ def fuzz(kind: str, write: Writer, args: argparse.Namespace, folder: Path) -> in
         shutil.rmtree(case, ignore_errors=True)
         case.mkdir(parents=True)
         arguments = write(case, rng)
-        if any("\0" in word for word in arguments):
+        if not all(map(is_argument, arguments)):
             counts["not a possible command"] += 1
             continue
         outcome = run_forked(arguments, case, log)
