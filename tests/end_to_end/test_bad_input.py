@@ -80,6 +80,7 @@ def copy(whole, tmp_path) -> Path:
         (["kmean.n_clusters=3"], "kmean: no such key; did you mean kmeans?"),
         (["kmeans.n_clusters=many"], "kmeans.n_clusters: expected int, found 'many'"),
         (["kmeans.n_clusters=1.5"], "kmeans.n_clusters: expected int, found '1.5'"),
+        (["kmeans.n_clusters=" + "9" * 5_000], "kmeans.n_clusters: expected int"),
         (["kmeans.n_clusters=100,200"], "--multirun"),
         (["kmeans.n_clusters=70000", "kmeans.lloyd_frames=100000"], "kmeans.n_clusters"),
         (["decode.tune_lm_weights=[0.5]"], "decode.tune_lm_weights"),

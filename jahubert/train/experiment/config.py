@@ -29,6 +29,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
+_MAX_DIGITS = 1_000  # longer integers are no valid settings, and Python refuses to convert 4,300 digits
 _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these conditions
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
@@ -267,7 +268,7 @@ def _scalar(value: Any, hint: Any) -> Any:
     if isinstance(value, bool):
         return value if hint is bool else None
     if hint is int and isinstance(value, str) and _INTEGER.fullmatch(value):
-        return int(value)
+        return int(value) if len(value) < _MAX_DIGITS else None
     if hint is float:
         number = _number(value)
         return number if number is not None and math.isfinite(number) else None
