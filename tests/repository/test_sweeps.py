@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import pytest
+from fixtures.checks import CHECKS
 
 from jahubert.cli.main import build_parser
 from jahubert.train.experiment.registry import STAGES
-
-CHECKS = Path(__file__).parents[2] / "tools" / "checks"
 
 
 @pytest.fixture
