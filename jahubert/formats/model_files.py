@@ -49,7 +49,7 @@ def settings_file(path: Path) -> Path:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files that are read to open a local model, a file or a folder, or [] if it is no model.
+    """Return the files that are read to open a local model (a file or folder), or [] if it is not a model.
 
     Raises:
         CheckpointError: the index of a model in shards is damaged.

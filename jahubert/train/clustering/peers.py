@@ -92,23 +92,20 @@ def sklearn_centroids(frames_ND: np.ndarray, n_clusters: int, seed: int) -> np.n
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    kmeans = (
-        _import_sklearn_cluster()
-        .MiniBatchKMeans(
-            n_clusters=n_clusters,
-            init="k-means++",
-            max_iter=100,
-            batch_size=10_000,
-            tol=0.0,
-            max_no_improvement=100,
-            init_size=None,
-            n_init=20,
-            reassignment_ratio=0.0,
-            compute_labels=False,
-            random_state=seed,
-        )
-        .fit(frames_ND)
+    kmeans = _import_sklearn_cluster().MiniBatchKMeans(
+        n_clusters=n_clusters,
+        init="k-means++",
+        max_iter=100,
+        batch_size=10_000,
+        tol=0.0,
+        max_no_improvement=100,
+        init_size=None,
+        n_init=20,
+        reassignment_ratio=0.0,
+        compute_labels=False,
+        random_state=seed,
     )
+    kmeans.fit(frames_ND)
     centroids_KD: np.ndarray = kmeans.cluster_centers_.astype(np.float32)
     return centroids_KD
 
