@@ -477,8 +477,10 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_fifo(bundle, folder, name):
     with subprocess.Popen(line, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:
             writer = open_for_writing("fifo.wav", process)
+            # Python handles a signal that arrives immediately before a blocking read only after the read.
+            time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=10) == 130
+            assert process.wait(timeout=60) == 130
             os.close(writer)
         finally:
             process.kill()
