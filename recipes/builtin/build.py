@@ -40,7 +40,7 @@ from jahubert.train.stages import features, kmeans
 NAME = "japanese-small"
 LIMIT = 15_000_000  # bytes
 UNIT_FRAMES = 200_000  # number of frames to which the units are fitted
-LICENCE = "CC-BY-SA-4.0"
+LICENSE = "CC-BY-SA-4.0"
 ATTRIBUTION = (
     "Trained on recordings by Tofugu and WaniKani "
     "(https://github.com/tofugu/japanese-vocabulary-pronunciation-audio, CC BY-SA 4.0, "
@@ -198,7 +198,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
         raise ConfigError(f"{system}: its bundle has no CTC head")
-    info = {"name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
+    info = {"name": NAME, "license": LICENSE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     calibration = score / "calibration.json"
     if calibration.is_file():
         info["confidence"] = json.loads(calibration.read_text(encoding="utf-8"))
@@ -257,7 +257,7 @@ def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcript
         fingerprint=record["fingerprint"],
         hours=record["metrics"]["hours"],
         attribution=ATTRIBUTION,
-        licence=LICENCE,
+        license=LICENSE,
     )
 
 

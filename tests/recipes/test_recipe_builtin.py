@@ -282,7 +282,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert bundle.centroids_KD.shape == (5, 16) and bundle.centroid_layer == 1
     assert (bundle.language_model.weight, bundle.language_model.word_bonus) == (0.4, 2)
     assert jahubert.Transcriber.from_pretrained(target).fusion is not None
-    assert bundle.info["licence"] == "CC-BY-SA-4.0" and "Tofugu and WaniKani" in bundle.info["attribution"]
+    assert bundle.info["license"] == "CC-BY-SA-4.0" and "Tofugu and WaniKani" in bundle.info["attribution"]
     assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
     page = (target / "README.md").read_text(encoding="utf-8")
     assert "12.3 [10.0, 20.0]" in page and "| 15.7 |" in page and "| 17 |" in page and "12.3 hours" in page

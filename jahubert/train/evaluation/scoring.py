@@ -123,7 +123,7 @@ class SetScore:
             low, high = bootstrap_interval(
                 [c.errors for c in counts], [c.length for c in counts], seed=seed, n=n_samples
             )
-            interval = {"low": low, "high": high, "normaliser": measure.normalizer}
+            interval = {"low": low, "high": high, "normalizer": measure.normalizer}
             result[measure.name] = _totals(counts) | interval
         return result
 
@@ -211,7 +211,7 @@ def rates_table(scores: Mapping[str, Any]) -> str:
         lines.append(f"{split}: {score['utterances']} utterances")
         for title, rate in measures_of(score):
             interval = f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]"
-            lines.append(f"  {title:<9}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normaliser']}")
+            lines.append(f"  {title:<9}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normalizer']}")
         for title, test in measures_of(score.get("against", {})):
             interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
             lines.append(

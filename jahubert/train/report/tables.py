@@ -46,7 +46,7 @@ def _split_table(split: str, systems: Mapping[str, Any]) -> str:
 
 def _normalizers(systems: Mapping[str, Any]) -> str:
     normalizers = {
-        title: rate["normaliser"]
+        title: rate["normalizer"]
         for system in systems.values()
         for score in system["scores"].values()
         for title, rate in measures_of(score)

@@ -16,7 +16,7 @@ def test_punctuation_counts_in_its_own_measure_only():
     rates = SetScore([ScoredUtterance("u", "t", "s", reference, hypothesis)], measures).rates(0, 10)
     assert rates["cer"]["rate"] == pytest.approx(1 / 4)  # the hypothesis has <unk> for 雨
     assert rates["cer_punctuation"]["rate"] == pytest.approx(2 / 6)
-    assert "punctuation" in rates["cer_punctuation"]["normaliser"]
+    assert "punctuation" in rates["cer_punctuation"]["normalizer"]
 
 
 def test_vocabularies_without_punctuation_have_one_character_measure():

@@ -51,7 +51,7 @@ def test_rates_are_computed_by_set_talk_and_speaker():
     assert (rates["wer"]["substitutions"], rates["wer"]["insertions"], rates["wer"]["deletions"]) == (2, 1, 1)
     assert (rates["per"]["errors"], rates["per"]["length"]) == (5, 15)
     assert (rates["kana_cer"]["errors"], rates["kana_cer"]["length"]) == (5, 9)
-    assert all(rates[name]["normaliser"] for name in ("wer", "per", "kana_cer"))
+    assert all(rates[name]["normalizer"] for name in ("wer", "per", "kana_cer"))
     talks, speakers = score.by(lambda item: item.talk), score.by(lambda item: item.speaker)
     assert {name: group["wer"]["errors"] for name, group in talks.items()} == {"T1": 2, "T2": 2}
     assert {name: group["utterances"] for name, group in speakers.items()} == {"anna": 3, "bo": 1}
@@ -164,7 +164,7 @@ def test_score_writes_json_and_text(tmp_path, capsys):
         "baseline's 0.00 %",
     ):
         assert part in text
-    assert scores["test"]["wer"]["normaliser"] in text
+    assert scores["test"]["wer"]["normalizer"] in text
     printed = capsys.readouterr().out
     assert (out / "table.txt").read_text() in printed
     # The system is named after its folder, because it has no records.

@@ -26,7 +26,7 @@ def quality(pnmi: float, n_units: int = 100) -> dict:
 
 
 def rates(per: float) -> dict:
-    rate = {"rate": per, "low": per / 2, "high": 2 * per, "normaliser": "none"}
+    rate = {"rate": per, "low": per / 2, "high": 2 * per, "normalizer": "none"}
     speakers = {"<anna>": {"utterances": 3, "wer": rate, "per": rate, "kana_cer": rate}}
     confusions = {"wer": [("k i", "k u", 2), ("", "o:", 1)], "per": [("i", "", 3)], "kana_cer": []}
     measures = {"wer": rate, "per": rate, "kana_cer": rate}
