@@ -122,7 +122,7 @@ def test_as_many_clusters_as_frames_reproduce_the_frames():
 def test_faiss_uses_every_frame():
     pytest.importorskip("faiss")
     torch.manual_seed(0)
-    frames = torch.randn(30_000, 2)  # by default, faiss uses 256 frames per centroid
+    frames = torch.randn(30_000, 2)  # by default, faiss uses at most 256 frames per centroid
     result = fit_kmeans(frames, KmeansOptions(2, backend="faiss", max_iter=200))
     labels = assign(frames, result.centroids_KD)
     for k in range(2):
@@ -148,7 +148,7 @@ def test_invalid_input_is_rejected(monkeypatch):
             fit_kmeans(broken, KmeansOptions(2, backend=backend))
     for package, backend, extra in (("faiss", "faiss", "gpu"), ("sklearn.cluster", "sklearn", "sklearn")):
         monkeypatch.setitem(sys.modules, package, None)
-        # The package is imported before the frames are read, which would raise a DataError.
+        # The missing package is reported instead of the NaN, because the frames are read after the import.
         with pytest.raises(MissingExtraError, match=rf"jahubert\[{extra}\]"):
             fit_kmeans(broken, KmeansOptions(2, backend=backend))
 
@@ -183,7 +183,7 @@ def overlapping(n: int, seed: int = 0) -> np.ndarray:
 
 
 def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
-    """One pass over a file achieves most of the improvement that Lloyd's algorithm makes on it."""
+    """One mini-batch pass over a file achieves most of the improvement of Lloyd's algorithm on all frames."""
     monkeypatch.setattr(lloyd_module, "_COARSE_MIN", 500)
     monkeypatch.setattr(lloyd_module, "_COARSE_FRAMES", 10)
     monkeypatch.setattr(lloyd_module, "_BATCH", 256)
@@ -207,7 +207,7 @@ def test_mini_batch_pass_improves_on_lloyd_over_a_sample(tmp_path, monkeypatch):
 
 
 def test_mini_batch_pass_gives_the_mean_of_all_frames_of_a_cluster():
-    """The clusters are so far apart that no frame changes its cluster. Initial frames count, too."""
+    """Clusters are far apart, so no frame changes its cluster. The mean includes the frames in `start`."""
     frames, centers, cluster = planted(4, 5000, 6)
     start = PassStatistics(centers, centers + 0.5, torch.tensor([5000, 0, 2500, 10_000]), 0.0)
     means_KD = torch.stack([frames[cluster == k].double().mean(0) for k in range(4)])

@@ -134,7 +134,7 @@ def test_unrepresentable_utterances_are_rejected(tmp_path):
     manifest = Manifest(tmp_path / "m.arrow")
     with pytest.raises(DataError, match=r"'a b'.*white space"):
         export_corpus(manifest, tmp_path / "k", "kaldi")
-    export_corpus(manifest, tmp_path / "l", "lhotse")  # mixes the channels to one
+    export_corpus(manifest, tmp_path / "l", "lhotse")  # mixes the channels down to one
     assert soundfile.info(tmp_path / "l" / "audio" / "train" / "a b.flac").channels == 1
     with pytest.raises(DataError, match="espnet"):
         export_corpus(manifest, tmp_path / "x", "espnet")

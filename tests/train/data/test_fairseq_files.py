@@ -236,7 +236,8 @@ def test_imported_units_train(corpus):
         "pretrain.train.valid_every=2", "pretrain.train.precision=fp32",
     ]  # fmt: skip
     runner.run(["recipe=fairseq", "stage=prepare", *settings])
-    with pytest.raises(DataError, match=r"iter1/label: .* \d\d of 100 occur"):  # few frames
+    # The frames are too few to contain every unit.
+    with pytest.raises(DataError, match=r"iter1/label: .* \d\d of 100 occur"):
         runner.run(["recipe=fairseq", "stage=label", "label.on_bad_units=error", *settings])
     with pytest.raises(ConfigError, match="iter1/label is not finished"):
         runner.run(["recipe=fairseq", "stage=pretrain", *settings])
@@ -248,7 +249,7 @@ def test_imported_units_train(corpus):
 def test_units_are_read_again_after_an_error_of_the_file_system(corpus, monkeypatch):
     folder = exported(corpus)
     manifest = prepared(folder, corpus / "exp")
-    monkeypatch.setattr(utterances, "_BLOCK", 64)  # lines continue in the next block
+    monkeypatch.setattr(utterances, "_BLOCK", 64)  # the end of a block is within a line
     delays: list[float] = []
     monkeypatch.setattr(utterances.time, "sleep", delays.append)
     failed: dict[str, int] = {}

@@ -58,7 +58,7 @@ def test_blocks_equal_one_array_and_are_written_completely_or_not_at_all(tmp_pat
 
 
 class FailingFile:
-    """Replacement for `atomic_write` whose file fails at the call number `fails_at` of one method."""
+    """Replacement for `atomic_write` whose file fails in call number `fails_at` of the method `method`."""
 
     def __init__(self, method: str, fails_at: int = 0):
         self.method, self.fails_at, self.n_calls = method, fails_at, 0

@@ -228,7 +228,7 @@ def test_loading_checks_the_length(tmp_path):
 
 
 def test_transient_read_errors_are_retried(tmp_path, monkeypatch, caplog):
-    """Retries end with the last error. Missing files and files without audio are not retried."""
+    """After the last retry, the error is raised. Missing files and files without audio are not retried."""
     caplog.set_level(logging.WARNING)
     wav, text = tmp_path / "a.wav", tmp_path / "a.m4a"
     soundfile.write(wav, np.zeros(400), 16000)

@@ -112,7 +112,7 @@ def test_too_many_processes_are_rejected():
     [(7, 1, 1), (8, 1, 2), (7, 2, 2), (8, 2, 4), (1, 1, 1), (1, 3, 3), (3, 4, 5)],
 )
 def test_processes_that_cannot_share_every_update_are_rejected_before_the_training(n_rows, groups, fewest):
-    """The groups have two utterances of 2 s each, except that the last one may have only one."""
+    """Each group has two utterances of 2 s, except that the last group may have only one utterance."""
     sampler = Sampler(np.arange(n_rows), np.full(n_rows, 32_000), BatchSizes(4.0, groups), seed=1)
     n_groups = len(sampler.epoch(0))
     updates = [sampler.update(epoch, cursor) for epoch in range(30) for cursor in range(n_groups)]
@@ -143,7 +143,7 @@ def test_epoch_needs_little_memory():
 
 @pytest.mark.slow
 def test_epoch_of_five_million_rows_needs_little_memory():
-    retained, peak = bytes_per_row(5_000_000)  # tuples of Python integers need 40 bytes or more per row
+    retained, peak = bytes_per_row(5_000_000)  # tuples of Python integers would need at least 40
     assert retained < 12 and peak < 32
 
 

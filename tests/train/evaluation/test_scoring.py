@@ -117,7 +117,7 @@ def test_published_rows_come_before_own_results():
     assert lines[2].split() == ["published:", "paper", "9.30", "7.07"]
     assert lines[3].split() == ["here:", "main", "12.35", "-"]
     assert published_table({}, [("main", {"eval1": 1.0})]) == ""
-    assert published_table(published, [("main", {})]) == ""  # kana and characters are not comparable
+    assert published_table(published, [("main", {})]) == ""  # no set of this system has phones
 
 
 # --- score stage ------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert scores["test"]["wer"]["normalizer"] in text
     printed = capsys.readouterr().out
     assert (out / "table.txt").read_text() in printed
-    # The system is named after its folder, because it has no records.
+    # The row is labeled with the path of the decode folder, because the folder has no stage record.
     assert f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
 
 

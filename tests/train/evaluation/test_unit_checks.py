@@ -37,7 +37,7 @@ def test_normal_usage_has_no_problem():
     for n_units in (4, 12, 100, 500):
         assert usage_problem(rng.integers(50, 150, n_units)) is None
     silence = np.full(100, 80)
-    silence[3] = 1000  # this unit has one ninth of the frames
+    silence[3] = 1000  # this unit has about one ninth of the frames
     assert usage_problem(silence) is None
 
 

@@ -1,4 +1,4 @@
-"""Tests of the conversion of settings to dataclasses, error messages, and name resolution."""
+"""Tests of settings: conversion to dataclasses, error messages, and name resolution."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path

@@ -33,7 +33,7 @@ def loop(steps: int = 5, stop: int = 5) -> None:
     with progress("units", "utterances", 2 * steps) as done:
         for step in range(steps):
             if step == stop:
-                raise ValueError("the fourth")
+                raise ValueError("the fourth step failed")
             time.sleep(0.15)  # the bar is redrawn at most ten times per second
             done(2)
 

@@ -187,7 +187,7 @@ def test_settings_of_a_torchaudio_model_are_part_of_its_identity(tmp_path):
 
 
 def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_files(tmp_path):
-    """Earlier versions recorded no other files, and only the name of a folder without safetensors files."""
+    """Earlier versions recorded the name of the folder and, if there were any, its safetensors files."""
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -258,7 +258,7 @@ def test_removed_value_in_an_earlier_record_equals_its_replacement(tmp_path, sou
     changed = stage_inputs("kmeans", kmeans.VERSION, replace(config, backend="faiss"))
     with pytest.raises(StaleError, match=r"kmeans\.backend was torch, now faiss"):
         acquire(tmp_path / "out", changed)
-    other = {"settings": {"backend": "auto"}}  # of another stage
+    other = {"settings": {"backend": "auto"}}  # the record of another stage
     assert changed_settings("features", other, {"backend": "torch"}, {}) != []
 
 
@@ -279,8 +279,8 @@ def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
         kind: str = f"{tmp_path}/custom.py:Feature"
 
     file, out = tmp_path / "custom.py", tmp_path / "out"
-    recorded = stage_inputs("features", 1, Custom(source))  # as by earlier versions
-    assert recorded["settings"]["kind"] == f"{file}:Feature"
+    recorded = stage_inputs("features", 1, Custom(source))  # the file does not exist yet
+    assert recorded["settings"]["kind"] == f"{file}:Feature"  # earlier versions always recorded this
     file.write_text("class Feature: pass")
     inputs = stage_inputs("features", 1, Custom(source))
     acquire(out, inputs)

@@ -191,12 +191,12 @@ def test_sizes_of_a_pretrained_model_cannot_be_set():
     for setting in ("model=large", "model.width=96"):
         with pytest.raises(ConfigError, match=r"model.* has no effect"):
             configure_jobs([*command, "system=pretrained", setting])
-    configure_jobs([*command, "model=large"])  # the system `scratch` has these sizes
+    configure_jobs([*command, "model=large"])  # takes effect in the system `scratch`
     jobs = [
         configure_jobs(["recipe=demo", "stage=finetune", "system=pretrained", size])[0]
         for size in ("model=base", "model=large")
     ]
-    # Pretraining uses these sizes. Fine-tuning has those of the pretrained model.
+    # `model=` sets the sizes for pretraining. Fine-tuning uses the sizes of the pretrained model.
     assert result_fields(jobs[0].config) == result_fields(jobs[1].config)
 
 

@@ -69,7 +69,7 @@ def test_csj_requires_a_pretrained_model(capsys, tmp_path):
 
 
 def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
-    """Only config.json is requested, unless the model is cached, and errors fit on one line."""
+    """If the model is not cached, the check requests only config.json. Its errors fit on one line."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -105,7 +105,7 @@ def test_hub_check_downloads_at_most_config_json(tmp_path, monkeypatch):
 
 
 def test_unreachable_hub_is_reported_without_retries(monkeypatch):
-    """A request that is not retried fails first, and the message has one line."""
+    """The first request to the Hub is one that is not retried. The error message fits on one line."""
     import huggingface_hub
 
     from jahubert.formats import hub
@@ -119,7 +119,7 @@ def test_unreachable_hub_is_reported_without_retries(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
     monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("a retried request"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("this request is retried"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for function in (hub.check_exists, hub.resolve_model):
         with pytest.raises(CheckpointError, match=r"owner/model: .*not known") as caught:

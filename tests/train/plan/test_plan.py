@@ -37,7 +37,7 @@ ONE = Machine("test", 1, 1e13, 1e12, True, 80e9, "a test", 1000.0, 1000.0)
 
 @pytest.mark.parametrize("layer", [None, 2])
 def test_flops_equal_those_that_torch_counts(layer):
-    """The test uses plain modules, because torch counts neither in-place products nor fused attention."""
+    """The kernels are disabled, because torch counts neither in-place products nor fused attention."""
     config = HubertConfig(conv_dims=(8,) * 7, width=32, layers=4, heads=2, ffn=64, pos_conv_groups=2)
     n_samples = HUBERT.n_samples(128)
     seconds = n_samples / 16_000
@@ -87,7 +87,7 @@ def test_memory_equals_that_of_a_real_step():
     ],
 )
 def test_gpu_memory_matches_the_measured_values(config, recompute, precision, megabytes):
-    """The expected memory per second of audio was measured with fake CUDA tensors of 5.7 s (LOG.md)."""
+    """The expected values, in MB per second of audio, were measured with fake CUDA tensors (LOG.md)."""
     counted = kept_bytes(config, 5.7, recompute, precision, gpu=True)
     assert counted / 1e6 == pytest.approx(megabytes, rel=0.01)
 
@@ -96,7 +96,7 @@ def test_front_end_memory_equals_peak_of_backward(monkeypatch):
     """The test uses fake tensors, a wide front end and a narrow Transformer."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr("jahubert.model.kernels.conv_frontend.CACHED", 2**60)  # all rows at once, as on a GPU
+    monkeypatch.setattr("jahubert.model.kernels.conv_frontend.CACHED", 2**60)  # convolve all rows at once
     for norm in ("group", "layer"):
         config = HubertConfig(
             conv_dims=(64,) * 7, conv_norm=norm, width=32, layers=1, heads=2, ffn=32, pos_conv_groups=2
@@ -136,7 +136,7 @@ def planned(settings, corpus=CORPUS, machine=ONE):
 
 
 def test_estimates_match_values_computed_by_hand():
-    """All expected numbers are computed from the sizes in the paper."""
+    """The expected values are computed from the sizes of the model and the corpus in the paper."""
     rows = planned(PAPER)
     assert rows["iter1/features"].disk_bytes == 5e6 * 39 * 4
     assert rows["iter1/label"].disk_bytes == 19_000 * 3600 * 50 + 8 * 12_000_000
@@ -190,7 +190,7 @@ def test_no_hours_if_an_update_cannot_be_shared_by_the_devices(capsys):
 
 
 def test_hours_depend_on_precision():
-    """The machine `ONE` is ten times slower in float32."""
+    """The machine `ONE` is ten times slower in float32 than in 16-bit precision."""
     pretrain = [*PAPER[:1], "stage=pretrain"]
     hours = planned(pretrain)["iter1/pretrain"].hours
     whole = planned([*pretrain, "pretrain.train.precision=fp32"])["iter1/pretrain"]
@@ -231,19 +231,19 @@ def test_gpu_speed_comes_from_the_table(capsys):
     assert made["machine"]["flops_16bit"] == pytest.approx(0.2 * 989e12) and made["machine"]["n_devices"] == 8
     assert made["machine"]["flops_fp32"] == pytest.approx(0.3 * 67e12)
     assert "assumed, not measured" in made["machine"]["source"] and made["corpus"]["hours"] == 19_000
-    # The paper reports 9.5 hours for 100,000 updates on 32 V100s; the estimate is within a third.
+    # The paper reports 9.5 hours for 100,000 updates on 32 V100s. The estimate may differ by 34 %.
     paper = ["recipe=reazonspeech", "stage=pretrain", "machine=32gpu", "gpu=V100"]
     _, hours = hours_of(capsys, *paper, "pretrain.train.precision=fp16")
     assert hours["iter1/pretrain"] / 2.5 == pytest.approx(9.5, rel=0.34)
 
 
-def test_measured_rates_are_used_where_there_are_some(capsys):
+def test_measured_rates_are_preferred_to_estimates(capsys):
     settings = ["recipe=reazonspeech", "stage=pretrain", "iteration=2", "gpu=H200"]
     assert main(["plan", *settings]) == 0
     printed = capsys.readouterr().out
     assert "measured on one H200" in printed and "rate estimated" not in printed
     made, hours = hours_of(capsys, *settings)
-    audio = 400_000 * 2800 / 3600  # hours; the rate of 5,439 was measured on longer utterances
+    audio = 400_000 * 2800 / 3600  # hours; the rate of 5,439 is for longer utterances
     assert hours["iter2/pretrain"] == pytest.approx(audio / 5439, rel=0.04)
     assert main(["plan", *settings, "model=large"]) == 0
     assert "rate estimated" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests of the decode stage: hypotheses equal to those of `Transcriber`, batches and phone times."""
+"""Tests of the decode stage: agreement with `Transcriber`, batches, and phone times."""
 
 from __future__ import annotations
 

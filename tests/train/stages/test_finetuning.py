@@ -51,7 +51,7 @@ def fairseq_tri_stage(step: int, peak: float, warmup: int, hold: int, decay: int
 @pytest.mark.parametrize(
     ("preset", "phases"),
     [
-        ("10h", (8_000, 0, 72_000)),  # 25,000 updates include 17,000 of the decay
+        ("10h", (8_000, 0, 72_000)),  # training ends after 17,000 steps of the decay
         ("1h", (1_300, 5_200, 6_500)),
         ("10min", (1_300, 5_200, 6_500)),
         ("csj-core", (4_500, 18_000, 22_500)),

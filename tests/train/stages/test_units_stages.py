@@ -106,7 +106,11 @@ def test_sample_is_uniform_over_frames(corpus):
 
 
 def killed_before_step(work: Callable[[], None], moment: int) -> bool:
-    """Run `work` in a child process, kill it before I/O call `moment`, and return whether it was killed."""
+    """Run `work` in a child process that is killed before call `moment` of certain functions.
+
+    Returns:
+        Whether the child process was killed.
+    """
     child = os.fork()
     if child == 0:
         left = iter(range(moment))
@@ -194,13 +198,13 @@ def test_finished_parts_are_not_computed_again(corpus, whole, tmp_path, monkeypa
     [("features", 30_000), ("label", 120)],
 )
 def test_full_disk_keeps_finished_parts(corpus, whole, tmp_path, stage, limit):
-    """The output for the long recording exceeds a file size limit. Finished parts are kept."""
+    """The full disk is simulated by a file size limit, which the output for the long recording exceeds."""
     (tmp_path / "kmeans").symlink_to(whole / "kmeans")
     config, load = stages(corpus, tmp_path)[stage], Manifest.load
     child = os.fork()
     if child == 0:
 
-        def limited(self, row):  # the limit is set late, because records may be larger
+        def limited(self, row):  # sets the limit late, because the records before may be larger
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             return load(self, row)
 

@@ -111,7 +111,8 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
     out.mkdir()
     paths = {"manifest": exp / "prepare/manifest.arrow", "targets": exp / "targets"}
     model = exp / "systems/pretrained/finetune"
-    config = decode.Config(**paths, model=model, splits=("test",), device="cpu", vad=False)  # not speech
+    # Voice activity detection is disabled, because the recordings contain tones instead of speech.
+    config = decode.Config(**paths, model=model, splits=("test",), device="cpu", vad=False)
     decode.run(replace(config, **settings), out)
     return sorted(hypotheses(out), key=lambda line: line["id"])
 

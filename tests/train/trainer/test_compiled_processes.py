@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 def pretrain(corpus: Any, out: Path, name: str) -> dict[str, Tensor]:
-    """Train two updates of several micro-batches; the initial weights are equal in all processes."""
+    """Train for two updates of several micro-batches. The initial weights are equal in all processes."""
     out.mkdir(exist_ok=True)
     sizes = {"batch_seconds": 24.0, "groups": 2, "micro_seconds": 5.0}
     config = replace(CONFIG, **sizes, max_steps=2, log_every=1, precision="bf16", **VARIANTS[name])

@@ -51,7 +51,7 @@ def test_loss_falls_and_checkpoints_are_kept(tmp_path):
 
 
 def test_one_step_equals_plain_pytorch(tmp_path):
-    """The reference sums two losses, divides by the number of targets, clips, and applies AdamW."""
+    """The reference sums two losses, divides by the number of targets, clips gradients, and applies AdamW."""
     module, plain, data = toy(), toy(), Data()
     for m in (module, plain):
         m.net[1].p = 0.0
@@ -124,7 +124,7 @@ def test_truncated_checkpoint_is_ignored(name, tmp_path, caplog):
     assert f"{newest}: damaged checkpoint" in caplog.text
     assert torch.equal(weights(module), weights(whole)) and curve(out) == curve(tmp_path / "whole")
     caplog.clear()
-    train(toy(), Data(), QUICK, out)  # works, because the checkpoint was saved again
+    train(toy(), Data(), QUICK, out)  # no warning, because the checkpoint was saved again
     assert "damaged" not in caplog.text
 
 

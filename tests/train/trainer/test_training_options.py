@@ -100,7 +100,7 @@ def test_compiled_block_is_not_recompiled_for_every_batch_of_another_shape():
         packing.fused_attention = True
         packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
         block(torch.randn(packing.n_rows, still.width), packing)
-    assert counter.frame_count <= 4  # the first shape, all shapes, and batches of one row
+    assert counter.frame_count <= 4  # for the first shape, for any shape, and for batches of one row
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_bf16_loss_is_close_to_fp32(tmp_path):
 
 
 def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, caplog):
-    """The test runs fp16 on the CPU, bypassing a check. The loss scaler works as on a GPU."""
+    """The test bypasses the check that rejects fp16 on the CPU. The loss scaler works as on a GPU."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     config = replace(CONFIG, max_steps=6, save_every=3, log_every=3)
@@ -271,7 +271,7 @@ def pretrained(exp: Path, *settings: str) -> tuple[dict[str, torch.Tensor], list
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_equal_one_process(tmp_path):
-    """The command runs with DDP and FSDP2. Another run with FSDP2 is killed and resumed by one process."""
+    """Two processes train with DDP and with FSDP2. Another FSDP2 run is killed and resumed by one process."""
     labeled = tmp_path / "labeled"
     for stage in ("prepare", "features", "kmeans", "label"):
         runner.run([f"recipe={TONES}", f"stage={stage}", f"exp={labeled}"])
@@ -324,7 +324,7 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
 
 
 def test_gpu_is_made_current_before_batches_are_pinned(monkeypatch):
-    """Otherwise pinned memory would be allocated through GPU 0 and use memory on it."""
+    """Otherwise, the allocation of pinned memory would use GPU 0 and occupy memory on it."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     device = torch.device("cuda", 1)
