@@ -32,7 +32,7 @@ def file_crc32(path: Path) -> str:
 def content_crc32(content: Mapping[str, Any]) -> str:
     """Compute the CRC-32 of JSON-serializable content.
 
-    Content that was saved and loaded again has the same CRC-32.
+    Saving the content as JSON and loading it does not change the CRC-32.
     """
     normalized = json.loads(json.dumps(content, default=str))
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
@@ -43,7 +43,7 @@ def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> boo
 
     Args:
         record: the record without its checksum.
-        crc32: the checksum; None if the record has none, as in earlier versions.
+        crc32: the checksum; None if the record has none, because an earlier version wrote it.
         files: key under which the sizes and checksums of files are stored. Intact records without a checksum
             do not have this key.
     """
@@ -53,7 +53,7 @@ def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> boo
 def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and checksum of each output file of a stage, keyed by path relative to `folder`.
 
-    Files in `_EXCLUDED_FOLDERS`, records and temporary files are omitted.
+    Records, the lock file, temporary files and the files in `_EXCLUDED_FOLDERS` are omitted.
     """
     outputs = {}
     for path in sorted(folder.rglob("*")):

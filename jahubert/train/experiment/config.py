@@ -5,7 +5,7 @@ its settings and their defaults in a `Config`. Some kinds of fields have a speci
 
 - `runtime_field`: a setting that does not change the result (device, workers, logging) and is therefore not
   part of the provenance.
-- `Path`: an input, which provenance records identify by its content if possible (`input_fingerprint`).
+- `Path`: an input file or folder. Provenance records identify it by its content if possible.
 - `model_field`: the `Path` of a model, or the name of a model on the Hub.
 - `split_field`: the name of a split in the manifest.
 - `config_group`: a group of settings whose class depends on preceding settings.
@@ -29,7 +29,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
-_MAX_DIGITS = 1_000  # longer integers are no valid settings, and Python refuses to convert 4,300 digits
+_MAX_DIGITS = 1_000  # no valid setting has so many; Python cannot convert more than 4,300
 _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these conditions
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
@@ -98,7 +98,7 @@ def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> l
 def raise_config_errors(errors: Sequence[str]) -> None:
     """Raise ConfigError with all messages, one per line, unless `errors` is empty."""
     if errors:
-        raise ConfigError("\n".join(dict.fromkeys(errors)))  # iterations may report the same error
+        raise ConfigError("\n".join(dict.fromkeys(errors)))  # several iterations may have the same error
 
 
 def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
@@ -110,8 +110,8 @@ def structure(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
         where: dotted name of the group, for error messages.
 
     Raises:
-        ConfigError: some settings are invalid. The message has one line for each unknown key (with the most
-            similar known key), missing key, wrong type and failed check.
+        ConfigError: some settings are invalid. The message has one line for each unknown key, missing key,
+            wrong type and failed check.
     """
     errors: list[str] = []
     built: T = _build(tree, cls, where, errors)
@@ -147,12 +147,20 @@ def expand_user(path: str | Path) -> Path:
         ) from None
 
 
-def unknown_name_error(what: str, name: str, known: Iterable[str], missing: bool = False) -> str:
-    """Return an error message, with a suggestion, for a name that is unknown or (`missing`) not given."""
+def unknown_name_error(
+    what: str, name: str, known: Iterable[str], missing: bool = False, kind: str = ""
+) -> str:
+    """Return an error message, with a suggestion, for a name that is unknown or (`missing`) not given.
+
+    Args:
+        what: the setting.
+        kind: what the setting names (default: the last part of the setting's own name).
+    """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near and not missing else "choose one of " + ", ".join(known)
-    return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: no such {what}; {hint}"
+    kind = kind or what.rpartition(".")[2]
+    return f"{what}=... is missing; {hint}" if missing else f"{what}={name}: no such {kind}; {hint}"
 
 
 def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
@@ -207,7 +215,7 @@ def _group(
 
 
 def _value(value: Any, hint: Any, where: str, errors: list[str], default: Any = None) -> Any:
-    """Convert `value` to its declared type; a group of settings overrides those of `default`."""
+    """Convert `value` to its declared type; settings that are missing from a group come from `default`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and is_null(value):
@@ -322,8 +330,8 @@ def result_fields(config: Any) -> dict[str, Any]:
 def runtime_fields(config: Any) -> set[str]:
     """Return the names of the settings that do not change the result, which `result_fields` omits.
 
-    These are the fields declared by `runtime_field`, and the fields and groups that the method
-    `unused_settings` of the config names, if it has one.
+    These are the fields declared by `runtime_field`. If the config has a method `unused_settings`, the fields
+    and groups that this method returns are included.
     """
     unused = config.unused_settings() if hasattr(config, "unused_settings") else ()
     return {

@@ -52,8 +52,8 @@ def process_device(name: str) -> torch.device:
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and 0 < n_gpus <= local_rank:
         raise ConfigError(
-            f"device={name}: process {local_rank} on this machine needs GPU {local_rank}, but torch finds "
-            f"{n_gpus}; start one process per GPU, or set device=cpu"
+            f"device={name}: process {local_rank} on this machine needs GPU {local_rank}, but the number of "
+            f"GPUs is {n_gpus}; start one process per GPU, or set device=cpu"
         )
     return devices.pick_device(f"cuda:{local_rank}" if name == "cuda" else name)
 
@@ -114,7 +114,7 @@ class Heartbeat(NamedTuple):
     number: int  # number of `heartbeat` calls so far; the rank with the lowest number is the slowest
     activity: str  # current activity, e.g. "computing step 7"
     updated: float  # value of time.monotonic() when progress was last recorded
-    rank0_only: bool  # whether only rank 0 is working; this has no time limit
+    rank0_only: bool  # whether only rank 0 is working, which suspends the hang timeout
 
 
 # The tuple is always replaced as a whole, because the watchdog thread reads it.
@@ -165,8 +165,8 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError, OSError: `work` raised this error on rank 0. The other ranks raise a copy that is marked as
-            reported, or a JahubertError with the same message in place of an OSError.
+        UserError, OSError: `work` raised this error on rank 0. The other ranks raise a copy of the UserError,
+            or a JahubertError with the message of the OSError. This exception is marked as reported.
     """
     if not dist.is_initialized():
         return work()
@@ -280,7 +280,7 @@ def _stop_with_parent() -> None:
 
 
 def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for processes to exit, then send SIGTERM and finally SIGKILL, which ends a blocked collective."""
+    """Wait for processes to exit, then send SIGTERM and, to end processes that are blocked, SIGKILL."""
     for action in (lambda _: None, subprocess.Popen.terminate, subprocess.Popen.kill):
         for child in children:
             action(child)

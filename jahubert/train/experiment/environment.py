@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Return the short commit hash, with "+" appended if tracked files were modified, or None without git."""
+    """Return the short commit hash, with "+" appended if tracked files were modified, or None if unknown."""
     checkout = Path(jahubert.__file__).parent.parent
     if not (checkout / ".git").exists():
         return None

@@ -4,8 +4,8 @@ The fingerprint of a stage covers its name, its VERSION, the settings that chang
 fingerprints of its inputs. `started.json` is written atomically before the stage runs, and `provenance.json`
 after it has finished. When a stage runs again with the same settings, a finished folder is kept and an
 unfinished one is resumed. If the settings differ, a StaleError lists the differences. A setting that is
-missing from a record, because an earlier version lacked it or did not record defaults, is assumed to have
-its default value.
+missing from a record, because an earlier version of the package lacked it or did not record defaults, is
+assumed to have its default value.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _RECORD_FIELDS: dict[str, Any] = {
     "outputs": dict,
     "seconds": (int, float),
 }
-_FILES = re.compile(r"(.+?)((?:,[^,]+:\d+:[0-9a-f]{8})*)", re.DOTALL)  # (first part, files)
+_FILES = re.compile(r"(.+?)((?:,[^,]+:\d+:[0-9a-f]{8})*)", re.DOTALL)  # groups: first entry, other files
 _FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
-# (stage, setting) -> values in earlier versions that have been removed, and the values with the same result.
+# (stage, setting) -> removed values, mapped to the current values with the same result.
 _REMOVED_VALUES = {("kmeans", "backend"): {"auto": "torch"}}
 
 
@@ -154,7 +154,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
 
     Args:
         config: config of the stage that reads the files.
-        large: also verify the checksums of files over 1 GB; otherwise only their sizes.
+        large: also verify the checksums of files over 1 GiB; otherwise only their sizes.
 
     Raises:
         DataError: a file or record is missing or damaged.
@@ -168,7 +168,7 @@ def verify_files(path: Path, large: bool = True) -> None:
 
     Args:
         path: a file of a stage, the folder of a stage, or the folder of an experiment.
-        large: also verify the checksums of files over 1 GB; otherwise only their sizes.
+        large: also verify the checksums of files over 1 GiB; otherwise only their sizes.
 
     Raises:
         DataError: a file or record is missing or damaged.
@@ -259,7 +259,7 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
             f"{name}: {path} not found; run stage={stage} first, or correct {name} (see jahubert status)"
         )
     expected = "a folder, a model file or a Hub name (owner/model)" if model else "an existing file or folder"
-    raise DataError(f"{name}: {path} not found; set it to {expected}")
+    raise DataError(f"{name}: {path} not found; set {name} to {expected}")
 
 
 def _file_fingerprint(path: Path) -> str:
@@ -300,8 +300,9 @@ def changed_settings(
 def _earlier_forms(value: Any) -> list[str]:
     """Return a fingerprint in the forms that earlier versions recorded.
 
-    They recorded no checksums of files, and only the name and the .safetensors files of a model folder, the
-    weights of a torchaudio model, or the text of a setting that names a Python file.
+    Some versions recorded no checksums, and some recorded fewer files: for a model folder, only its name and
+    its .safetensors files; for a torchaudio model, only its weights; and for a setting that names a Python
+    file, only the text of the setting.
     """
     match = _FILES.fullmatch(value) if isinstance(value, str) else None
     if match is None:
@@ -318,7 +319,7 @@ def _check_unchanged(
     changes: list[str],
     finished: bool,
 ) -> None:
-    """Raise StaleError if settings or the version of the stage have changed since the record."""
+    """Raise StaleError if settings or the version of the stage differ from those in the record."""
     stage, version = inputs["stage"], inputs["version"]
     if before.get("version") != version:
         changes = [*changes, f"{stage} changed from version {before.get('version')} to {version}"]

@@ -52,7 +52,7 @@ PER_DECODING = ("decode", "score")  # stages that can be run several times for o
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:
     """Return the output folder of a stage, relative to the folder of the experiment.
 
-    The name of an additional decoding of the same model is appended to the stage, as in `decode-greedy`.
+    The name of an additional decoding of the same model is appended to the stage name, as in `decode-greedy`.
     """
     if iteration:
         return Path(f"iter{iteration}", stage)
@@ -225,5 +225,5 @@ def preset_file(preset: Any, subset: Any = None) -> Path | None:
     name = value_for_subset(preset, subset)
     files = {path.stem: path for path in data_folder("conf").glob("finetuning/*.yaml")}
     if name is not None and str(name) not in files:
-        raise ConfigError(unknown_name_error("finetuning", str(name), sorted(files)))
+        raise ConfigError(unknown_name_error("finetuning", str(name), sorted(files), kind="preset"))
     return files.get(str(name))

@@ -98,7 +98,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
     except JahubertError:
         raise
     except BaseException as error:
-        # torch raises a RuntimeError from a signal handler, wherever the process is. While it saves a
+        # torch raises a RuntimeError in a signal handler, so the error can occur anywhere. While saving a
         # checkpoint, torch wraps the error in a CheckpointException, which is not an Exception.
         match = _WORKER_KILLED.search(str(error))
         trained = getattr(config, "train", None)
@@ -121,8 +121,8 @@ def _memory_advice(stage: str, config: Any) -> str:
         seconds = config.train.micro_seconds
         limit = "a smaller number than the log reports" if seconds is None else f"less than {seconds:g}"
         return (
-            f"Set {train}.micro_seconds to {limit}, or {train}.recompute=true; the update stays the same, so "
-            "a run with a checkpoint continues"
+            f"Set {train}.micro_seconds to {limit}, or set {train}.recompute=true; neither changes the "
+            "updates, so training resumes from the last checkpoint"
         )
     if hasattr(config, "batch_seconds"):
         return f"Set {stage}.batch_seconds below {config.batch_seconds:g}; finished work is kept"

@@ -37,7 +37,7 @@ class ScriptProcess:
 
     Args:
         script: the script, which may import other files in its folder.
-        job: JSON-compatible input of `run_job`.
+        job: JSON-compatible value, which the script receives through `run_job`.
     """
 
     def __init__(self, script: Path, job: Any) -> None:
@@ -101,7 +101,7 @@ def run_job(function: Callable[[Any], Iterable[object]]) -> None:
     """
     try:
         for result in function(json.load(sys.stdin)):
-            print(result, flush=True)  # also ends the process if the one that started it has ended
+            print(result, flush=True)  # fails, and so ends this process, if the parent process has ended
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(exit_status(error))

@@ -34,7 +34,7 @@ settings:
   KEY=VALUE       any other setting, e.g. kmeans.n_clusters=200; ~KEY resets a setting to its default
 
 exit status: 0 success, 1 other error, 2 error in the settings or the data, 75 stopped by a signal, 130
-stopped by Ctrl-C (rerun to resume), 141 closed pipe as standard output"""
+stopped by Ctrl-C (rerun to resume), 141 standard output is a closed pipe"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-h", "--help", action="store_true", help="print this help, and the settings if any are given"
     )
     options.add_argument("-c", "--cfg", choices=["job"], help="print all settings as YAML and exit")
-    options.add_argument("--info", action="store_true", help="print the stages that would run and exit")
+    options.add_argument(
+        "--info", action="store_true", help="print the selected stages and their states, and exit"
+    )
     options.add_argument(
         "-m", "--multirun", action="store_true",
         help="run all combinations of KEY=A,B or KEY='range(1,4)'; hydra/launcher=slurm submits them as jobs",

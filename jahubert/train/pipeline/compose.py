@@ -2,8 +2,9 @@
 
 Settings come from these sources, in increasing order of precedence: the defaults in a stage's dataclass;
 conf/config.yaml; the groups model= and iteration=; the recipe's fine-tuning preset (conf/finetuning);
-recipe.yaml; the preset selected by finetuning=; the recipe's blocks for this iteration and system; the preset
-selected by machine=, with its blocks; the command line.
+recipe.yaml; the preset selected by finetuning=; the recipe's settings for the selected iteration and system
+(its blocks in `by_iteration` and `systems`); the preset selected by machine=, followed by its own blocks; the
+command line.
 """
 
 from __future__ import annotations

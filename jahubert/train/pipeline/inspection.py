@@ -28,7 +28,7 @@ _TEXT = {
 def settings_yaml(overrides: Sequence[str]) -> str:
     """Format the settings of a command as YAML.
 
-    The composed tree is followed by `jobs`, the stages that would run. The settings of each stage include the
+    The composed tree is followed by `jobs`, the selected stages. The settings of each stage include the
     defaults of its dataclass. `jobs` is omitted unless both `recipe=` and `stage=` are set.
     """
     import yaml

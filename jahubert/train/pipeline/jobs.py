@@ -1,4 +1,4 @@
-"""Planning of a command: selection of its stages, validated settings and output folders."""
+"""Planning of a command: its stages, their validated settings and their output folders."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Seq
 
 
 def _unused_model(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """Return an error message if the sizes of a model are given but all systems are already pretrained."""
+    """Return an error message if sizes of the model are given but every system uses a pretrained model."""
     typed = [o.key for o in parse_overrides(overrides) if o.key.partition(".")[0] == "model"]
     pretrained = [job.config.pretrained for job in jobs if job.stage == "finetune"]
     if not typed or tree["iterations"] or not pretrained or None in pretrained:
         return []
     return [
-        f"{', '.join(typed)} has no effect: without pretraining (iterations=0), each system has the sizes of "
-        "its pretrained model"
+        f"without pretraining (iterations=0), setting {', '.join(typed)} has no effect: each system has the "
+        "sizes of its pretrained model"
     ]
 
 

@@ -20,7 +20,7 @@ from jahubert.train.pipeline.signals import check_stop
 
 log = logging.getLogger("jahubert")
 
-# Settings that select part of an experiment. Runs that differ only in these settings share a folder.
+# Settings that do not distinguish experiments. Runs that differ only in these settings share a folder.
 _SELECTORS = ("stage", "iteration", "system", "decoding", "processes", "machines")
 _MAX_NAME = 100  # maximum length of the swept settings in a folder name
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jahubert.errors import ConfigError, quote
 
-_KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # a dotted name; keys inside a mapping may be numbers
+_KEY = re.compile(r"[^\W\d]\w*(?:[./-]\w+)*")  # a dotted name; later parts may be numbers
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _QUOTES = "'\""
 _CHOICE = re.compile(r"choice\((.*)\)", re.S)
@@ -131,7 +131,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]
     if math.prod(map(len, options)) > _MAX_RUNS:
-        raise ConfigError(f"the sweep has more than {_MAX_RUNS} combinations; divide it")
+        raise ConfigError(f"the sweep has more than {_MAX_RUNS} combinations; divide it into smaller sweeps")
     swept = [len(values) > 1 for values in options]
     jobs = []
     for combination in itertools.product(*options):

@@ -95,11 +95,11 @@ def _check_compiler(train: TrainConfig, device: torch.device | None) -> None:
     compilers = (os.environ.get("CC"), "gcc", "clang")
     on_gpu = device is not None and device.type == "cuda"
     if train.compile and on_gpu and not any(name and shutil.which(name) for name in compilers):
-        raise ConfigError("compile=true needs a C compiler on a GPU; install gcc, or set compile=false")
+        raise ConfigError("compile=true on a GPU requires a C compiler; install gcc, or set compile=false")
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Yield errors in device, engine, precision, tracker and batch size. Processes check their GPUs later."""
+    """Yield errors in the training settings of a stage. Each process checks the index of its GPU later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None

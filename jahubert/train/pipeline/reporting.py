@@ -45,7 +45,7 @@ def report_error(error: BaseException) -> int:
         return failed_output(error)
     elif isinstance(error, RuntimeError) and is_distributed() and _LOST_RANK.search(str(error)):
         # Some launchers, such as srun, report the highest exit status of all ranks. This rank exits with
-        # the lowest error status, so that they report that of the failed rank.
+        # the lowest error status, so that these launchers report the status of the failed rank.
         message = "exiting because another rank failed; see that rank's log"
     elif isinstance(error, KeyboardInterrupt):
         status, message = INTERRUPTED, "interrupted: rerun the same command to resume"

@@ -61,11 +61,11 @@ def run(overrides: Sequence[str]) -> None:
 
 
 def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> dict[str, Any]:
-    """Run a stage in its folder unless an existing result is kept. Return its metrics.
+    """Run a stage, or keep the finished result in its folder. Return the metrics of the stage.
 
     Args:
-        verify_large: whether to verify the checksums of input files over 1 GB. The sizes of all files and the
-            checksums of smaller files are always verified.
+        verify_large: whether to verify the checksums of input files over 1 GiB. The sizes of all files and
+            the checksums of smaller files are always verified.
 
     Raises:
         StaleError: the stage was run in the folder with different settings or by another version of its code.

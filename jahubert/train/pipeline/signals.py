@@ -1,4 +1,4 @@
-"""Stop signals outside of training: SIGTERM and SIGUSR1 end a run in the same way as Ctrl-C."""
+"""Handling of the stop signals SIGTERM and SIGUSR1 outside of training."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_names_resolve_in_a_registry_or_by_path(tmp_path):
     (tmp_path / "helper.py").write_text("answer = 42\n")
     assert resolve(f"{tmp_path}/feature.py:answer", FEATURES, "features.kind") == 42
     for name, expected in {
-        "mfc": "features.kind=mfc: no such features.kind; did you mean mfcc?",
+        "mfc": "features.kind=mfc: no such kind; did you mean mfcc?",
         "nowhere:x": "nowhere",
         "math:nothing": "math has no 'nothing'",
         f"{tmp_path}/gone.py:x": "no such file",
