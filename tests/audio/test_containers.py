@@ -24,7 +24,7 @@ from jahubert.limits import VARIABLE
 
 RNG = np.random.default_rng(11)
 NOISE = (RNG.standard_normal(24_000) * 0.1).astype(np.float32)
-# The level changes as in speech, so that a variable-bitrate encoder starts with small frames.
+# The level rises as at the start of speech, so a variable-bitrate encoder starts with small frames.
 QUIET_THEN_LOUD = np.concatenate([NOISE * 1e-4, NOISE, NOISE]).astype(np.float32)
 
 
@@ -93,7 +93,7 @@ def test_blocks_of_mp3_have_no_glitches():
 
 def test_vbr_mp3_without_a_header_frame_is_read_to_the_end(tmp_path):
     bare = without_header_frame(mp3(QUIET_THEN_LOUD, vbr=True))
-    assert abs(soundfile.SoundFile(io.BytesIO(bare)).frames / 16_000 - 4.5) > 1  # libsndfile's estimate
+    assert abs(soundfile.SoundFile(io.BytesIO(bare)).frames / 16_000 - 4.5) > 1  # libsndfile's wrong estimate
     assert seconds(bare, tmp_path) == pytest.approx(4.5, abs=0.15)
     assert seconds(id3("a title") + bare, tmp_path) == pytest.approx(4.5, abs=0.15)
 
@@ -210,12 +210,12 @@ def test_truncated_files_are_rejected_and_empty_ones_are_empty(tmp_path):
 
 
 def test_stale_wav_header_is_rejected(tmp_path):
-    """The header that a killed recorder leaves contains the length at its last update."""
+    """A killed recorder leaves a header with the length at the last update of the header."""
     data = bytearray(encode(NOISE, subtype="PCM_16"))
     data[4:8], data[40:44] = struct.pack("<I", 10_036), struct.pack("<I", 10_000)
     with pytest.raises(AudioError, match="header states"):
         seconds(bytes(data), tmp_path)
-    assert seconds(encode(NOISE) + bytes(9_000), tmp_path) == 1.5  # zeros count as padding
+    assert seconds(encode(NOISE) + bytes(9_000), tmp_path) == 1.5  # trailing zeros count as padding
 
 
 def test_bw64_is_read(tmp_path):
@@ -227,7 +227,7 @@ def test_bw64_is_read(tmp_path):
 
 
 def test_result_depends_on_bytes_only(tmp_path):
-    """Names, encodings, suffixes and macOS resource files do not change the result."""
+    """File names, their encodings and suffixes, and macOS resource files do not change the result."""
     data = mp3()
     expected = load_audio(io.BytesIO(data))
     folder = os.fsencode(tmp_path)

@@ -138,7 +138,7 @@ def test_arrays_that_cannot_be_loaded_have_no_length(array, rate):
 
 
 def test_length_of_an_array_is_found_without_a_copy():
-    """The arrays are views of one sample, whose conversion would need 4 TB of memory."""
+    """The arrays are views of one sample. Converting them would need 4 TB of memory or more."""
     n = 1_000_000_000_000
     assert audio_length(np.broadcast_to(np.int16(1), (n,)), 32_000) == n // 2
     assert audio_length(np.broadcast_to(np.float64(0.5), (2, n))) == n

@@ -45,7 +45,7 @@ def encode(suffix: str) -> bytes:
 
 
 def use_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the other optional decoder unavailable."""
+    """Make every optional decoder except `name` unavailable."""
     if name == "ffmpeg":
         if shutil.which("ffmpeg") is None:
             pytest.skip("needs ffmpeg on PATH")

@@ -184,7 +184,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 
 def test_folder_is_replaced_as_a_whole(tmp_path):
-    for name in ("b.tmp", "b.old", "b.new"):  # these are user files with similar names
+    for name in ("b.tmp", "b.old", "b.new"):  # folders of the user with similar names
         (tmp_path / name).mkdir()
     for content in ("1", "2"):
         with atomic_folder(tmp_path / "b") as folder:
@@ -223,7 +223,7 @@ def test_folder_replaced_by_a_killed_process_comes_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [None, "b"])
 @pytest.mark.parametrize("complete", [True, False])
 def test_replaced_content_is_removed_only_next_to_the_new_one(tmp_path, name, complete):
-    """`.old` is left behind by a process that was killed before it deleted the replaced folder."""
+    """A process that is killed before it deletes the replaced folder leaves it with the suffix `.old`."""
     with atomic_folder(tmp_path / "b") as folder:
         (folder / "2").touch()
     temporary = temporary_path(tmp_path / "b")

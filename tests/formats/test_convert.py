@@ -78,7 +78,7 @@ def test_fairseq_file_is_bit_equal_after_a_round_trip(tmp_path, kind, dictionary
     torch.save({"model": state, "cfg": {"model": settings, "task": task}}, tmp_path / "a.pt")
     assert convert(tmp_path / "a.pt", tmp_path / "b", "hf").difference == 0
     assert convert(tmp_path / "b", tmp_path / "c.pt", "fairseq").difference == 0
-    again = torch.load(tmp_path / "c.pt", weights_only=False)  # this needs a substitute for fairseq's class
+    again = torch.load(tmp_path / "c.pt", weights_only=False)  # needs the fixture `dictionary`
     assert again["model"].keys() == state.keys()
     assert all(again["model"][name].equal(state[name]) for name in state)
     exported = again["task_state"]["dictionaries"][0]
@@ -208,7 +208,7 @@ def test_manifest_for_other_sources_than_units_is_rejected(tmp_path, capsys):
 
 
 def test_interrupted_conversion_to_torchaudio_can_be_repeated(tmp_path):
-    """The settings are written before the weights. An unrelated file in place of them is never replaced."""
+    """The settings are written before the weights. An unrelated file of the same name is never replaced."""
     save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
     convert(tmp_path / "a", tmp_path / "b.pt", "torchaudio")
     (tmp_path / "b.pt").unlink()
@@ -250,7 +250,7 @@ def test_largest_difference_detects_a_changed_bias(tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio"])
 def test_model_with_nan_outputs_fails_verification(tmp_path, to):
-    """Also if the first outputs that are compared are finite."""
+    """The verification must also fail if the first compared outputs are finite."""
     model = model_of(KINDS["base"])
     model.encoder.layers[1].final_layer_norm.bias.data[3] = math.nan
     save_bundle(tmp_path / "a", model=model)

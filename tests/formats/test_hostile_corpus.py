@@ -76,7 +76,7 @@ def problems(path: Path, statuses: tuple[int, ...]) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Use one thread, because forked processes would wait for the threads of their parent."""
+    """Use one thread, because forked processes would wait for threads that exist only in their parent."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -177,7 +177,7 @@ def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):
 
 
 def test_encoding_errors_are_returned_for_the_recordings_that_cause_them(model, monkeypatch):
-    """A failed batch is encoded again one by one, and later recordings are not affected."""
+    """The recordings of a failed batch are encoded again one by one, and later recordings are unaffected."""
     extractor = FeatureExtractor(model, 1, device="cpu")
     encode = extractor.encode
 
@@ -256,7 +256,7 @@ def test_prefetching_is_bounded(monkeypatch):
 
 
 def test_decoded_audio_that_waits_is_bounded(model, monkeypatch):
-    """Long recordings are not all read while the first is encoded, and results remain in order."""
+    """While a recording is encoded, only a limited amount of audio is read ahead. Results remain in order."""
     monkeypatch.setattr("jahubert.inference.reading.MAX_SAMPLES", 16_000)
     extractor = FeatureExtractor(model, device="cpu")
     wavs = [noise(8_000 + 400 * i, i) for i in range(20)]
@@ -287,7 +287,7 @@ def test_stream_equals_chunked_features(model, tmp_path, rate):
 
 
 def test_memory_does_not_grow_with_the_recording(model, tmp_path):
-    """The peak memory of streaming 2 and 20 minutes of audio is compared, in separate processes."""
+    """The test compares the peak memory of two processes that stream 2 and 20 minutes of audio."""
     save_bundle(tmp_path / "b", model=model)
     code = """
 import sys, jahubert
@@ -298,7 +298,7 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
     peaks = []
     for minutes in (2, 20):
         path = tmp_path / f"{minutes}.wav"
-        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # at most 38 MB
+        soundfile.write(path, np.tile(noise(16_000).numpy(), 60 * minutes), 16_000)  # at most 39 MB
         done = subprocess.run(
             [sys.executable, "-c", code, tmp_path / "b", path], capture_output=True, text=True, check=True
         )
@@ -309,10 +309,9 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
 
 
 def test_input_of_the_first_block_does_not_depend_on_chunks():
-    """Everything before the first block depends on few frames, and only attention on the whole chunk.
+    """The layers before the first block depend on a few frames. Only attention depends on the whole chunk.
 
-    Layer norms depend on one frame. The positional convolution depends on 64 frames on each side, and half of
-    an overlap between chunks is longer.
+    The positional convolution depends on 64 frames on each side, fewer than in half an overlap of chunks.
     """
     torch.manual_seed(0)
     config = HubertConfig(

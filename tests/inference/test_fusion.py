@@ -67,7 +67,7 @@ def every_sequence(logp_SV: torch.Tensor) -> dict[tuple[int, ...], float]:
 
 
 def word_sequences(labels: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """Return all word sequences with these labels, which may start and end with one word boundary."""
+    """Return all word sequences that have the given labels, ignoring one word boundary at each end."""
     if labels in ((), (SYMBOLS.boundary,)):
         return [()]
     spelled = " ".join(SYMBOLS.symbols[label] for label in labels).removeprefix("| ").removesuffix(" |")
@@ -105,7 +105,7 @@ def test_lexicon_fusion_finds_every_word_sequence_in_order(word_model, seed, wit
             for words in word_sequences(labels):
                 lm = word_model.sentence_logp(words).sum() if with_model else 0.0
                 expected[labels, words] = score + weight * lm + bonus * len(words)
-        # If the last word has homophones and no boundary after it, only the best one is listed.
+        # If no boundary follows the last word, the search lists only the best of its homophones.
         listed: dict[tuple, float] = {}
         for (labels, words), score in expected.items():
             open_end = words and labels[-1] != SYMBOLS.boundary
@@ -202,7 +202,7 @@ def test_language_model_of_another_unit_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("weight", [1.0, 0.0, -0.5])
 def test_words_of_probability_zero_have_finite_scores(tmp_path, word_model, weight):
-    """No word below a node of the lexicon, and no sentence end, has a positive probability."""
+    """Neither the end of a sentence nor any word below one node of the lexicon has a positive probability."""
     write_arpa(word_model, tmp_path / "words.arpa")
     rows = (tmp_path / "words.arpa").read_text(encoding="utf-8").split("\n")
     models = []
@@ -230,7 +230,7 @@ def test_words_of_probability_zero_have_finite_scores(tmp_path, word_model, weig
 
 
 @pytest.mark.parametrize(("missing", "level"), [(1, "INFO"), (20, "WARNING")])
-def test_many_missing_symbols_are_a_warning(tmp_path, caplog, missing, level):
+def test_many_missing_symbols_cause_a_warning(tmp_path, caplog, missing, level):
     symbols = PhonemeSet.standard()
     names = [name for name in symbols.symbols if name != BLANK]
     write_arpa(train_ngram([names[missing:]], 1), tmp_path / "a.arpa")

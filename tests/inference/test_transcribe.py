@@ -176,7 +176,7 @@ def test_long_recordings_are_cut_at_pauses():
 
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 29.99, 30.0, 30.02, 61.3, 200.0])
 def test_chunks_keep_every_frame_once(seconds):
-    """Sample values are indices, so that the kept frames must be 0, 1, 2, ... for any block size."""
+    """Each sample is its own index, so the first samples of the kept frames must be 0, 320, 640, etc."""
     grid, n = TINY.grid, round(seconds * 16_000)
     wav = torch.arange(n, dtype=torch.float64)
     for size in (999, 16_000, 10**7):
@@ -189,12 +189,12 @@ def test_chunks_keep_every_frame_once(seconds):
 
 
 def test_streaming_equals_one_pass(random_asr, tmp_path):
-    """Reading, encoding and decoding in blocks gives the same result as a single pass."""
+    """Reading, encoding and decoding in blocks gives the same result as processing the whole recording."""
     generator = torch.Generator().manual_seed(2)
     wav = torch.randn(100 * 16_000, generator=generator) * 0.1
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16_000, subtype="FLOAT")
     streamed = random_asr.transcribe(tmp_path / "long.wav")
-    (logp,) = random_asr.log_probs([wav])  # this joins 30 s chunks without streaming
+    (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
     parts = [part.spans for part in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
     words = [word for spans in parts for word in words_of(spans, PHONEMES, random_asr.grid)]

@@ -1,4 +1,4 @@
-"""Tests that the model is an ordinary nn.Module, for adapters, hooks, transforms, export and pickling."""
+"""Tests that adapters, hooks, transforms, export and pickling work as for an ordinary nn.Module."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_torch_func_grad_and_vmap_equal_autograd(model, wav_BT):
 
 
 def second_order_gradients(module: nn.Module, output, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """Return the gradients of a gradient penalty, the squared gradient norm of a random weighting."""
+    """Return the gradients of a gradient penalty: the squared norm of the gradients of a weighted output."""
     grads = torch.autograd.grad((output() * weights).sum(), inputs, create_graph=True)
     penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
     parameters = [p for name, p in module.named_parameters() if name != "masked_spec_embed"]
@@ -251,7 +251,10 @@ def second_order_gradients(module: nn.Module, output, inputs: list[Tensor], weig
 
 
 def assert_equal_to_scale(grads: list[Tensor], expected_grads: list[Tensor], tolerance: float) -> None:
-    """Compare gradients relative to their largest values; some are zero except for rounding."""
+    """Compare each gradient with a tolerance relative to its largest value.
+
+    The scale is at least 1 % of the largest value of all gradients, as some are zero except for rounding.
+    """
     largest = max(float(grad.abs().max()) for grad in expected_grads)
     for grad, expected in zip(grads, expected_grads, strict=True):
         scale = max(float(expected.abs().max()), 1e-2 * largest)
@@ -292,7 +295,7 @@ def test_gradient_penalty_with_adapters_equals_the_unfused_model(model, wav_BT):
 
 
 def test_loss_with_gradient_penalty_has_finite_gradients(model, wav_BT):
-    """The loss is a sum of first-order and second-order terms, with dropout."""
+    """The loss has first-order and second-order terms, and the model uses dropout."""
     config = HubertConfig(**{**vars(model.config), "dropout": 0.1, "attention_dropout": 0.1})
     module = HubertModel(config).train()
     wav_BT.requires_grad_(True)
@@ -315,7 +318,8 @@ def test_vectorized_jacobian_equals_the_rowwise_one(base, wav_BT):
 
 def test_torch_func_jvp_equals_jacrev_and_finite_differences(wav_BT):
     torch.manual_seed(0)
-    model = HubertModel(CONFIGS["large"]).eval()  # here, the gradient into the conv stack is not scaled
+    # In this model, the gradient into the conv stack is not scaled.
+    model = HubertModel(CONFIGS["large"]).eval()
     direction_BT = torch.randn_like(wav_BT)
 
     def output(wav_BT: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ def test_every_hidden_state_equals_hugging_face(pair, n_samples):
     with torch.inference_mode():
         actual = model.hubert(wav_BT, mask_BS=mask_BS, keep_layers=range(config.layers + 1))
         expected = reference.hubert(wav_BT, mask_time_indices=mask_BS, output_hidden_states=True)
-    for number in range(config.layers + (not config.pre_norm)):  # Hugging Face normalizes the last state
+    # Hugging Face applies the final norm of pre-norm models to the last hidden state.
+    for number in range(config.layers + (not config.pre_norm)):
         assert difference(actual.layers[number], expected.hidden_states[number]) < 1e-5, number
     assert difference(actual.hidden_BSD, expected.last_hidden_state) < 1e-5
 

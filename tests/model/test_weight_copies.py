@@ -72,7 +72,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_of_the_blocks_are_copied_once_per_update(model, shared):
-    """Each block has one joined weight and bias, and three layers with weight and bias."""
+    """A block copies one joined weight, one joined bias, and the weights and biases of three other layers."""
     counts = []
     with kernels.shared_weight_copies(shared):
         for number in range(3):

@@ -1,7 +1,7 @@
 """Tests of damaged copies of CSJ: damage affects only the talk of the file, and every loss is reported.
 
-Each test changes one file of a corpus of five talks. The run must not end, the utterances of the other talks
-must stay the same, and those of the damaged talk must be unchanged or missing and reported.
+Most tests change one file of a corpus of five talks. The run must then continue, the utterances of the other
+talks must stay the same, and those of the damaged talk must be unchanged, or missing and reported.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def no_delays(monkeypatch):
 
 
 def prepared(root: Path, **options) -> tuple[Content, list[Rejected]]:
-    """Return the content of each utterance, with audio relative to the corpus, and the rejected items."""
+    """Return the content of each utterance, with the audio path relative to root, and the rejected items."""
     items = list(csj.prepare(root, root, csj.Config(**options), 0))
     content = {
         item.id: (os.path.relpath(item.audio.path, root), item.start, item.n_samples, item.words, item.text)
@@ -74,7 +74,7 @@ def path_of(root: Path, kind: str, id: str = DAMAGED) -> Path:
 
 
 def check(root: Path, intact: Content, changes: int = 0, **options) -> list[Rejected]:
-    """Check that losses are limited to DAMAGED and reported, and return the reports that concern it.
+    """Check that only the talk DAMAGED loses utterances and that they are reported, and return the reports.
 
     Args:
         changes: maximum number of utterances whose text or words may differ.
@@ -94,7 +94,7 @@ def check(root: Path, intact: Content, changes: int = 0, **options) -> list[Reje
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    path.unlink()  # the file is a hard link
+    path.unlink()  # the file is a hard link to the original
     path.write_bytes(content)
 
 
@@ -124,7 +124,7 @@ def test_damaged_file_costs_utterances_of_its_talk(trees, intact, tmp_path, kind
 
 
 def _changes(kind: str, damage: str) -> int:
-    """Return the number of utterances that may differ. A text file may lose words at its truncated end."""
+    """Return how many utterances may differ. A truncated text file may lose the end of one utterance."""
     return 1 if kind in ("sdb", "trn") and damage in ("half", "zeros at the end", "second half only") else 0
 
 
@@ -181,7 +181,7 @@ def test_renamed_file_is_not_taken_for_another_talk(trees, intact, tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "wav"])
-def test_identical_copy_is_counted_and_another_content_rejects_the_talk(trees, intact, tmp_path, kind):
+def test_identical_copy_is_counted_and_different_copy_rejects_the_talk(trees, intact, tmp_path, kind):
     tree = "sdb" if kind == "wav" else kind
     for folder in ("CSJ2004/SPEECH/{id}", "dvd3/{id}", "WAV/noncore" if kind == "wav" else "dvd4/{id}"):
         root = copy_of(trees[tree], tmp_path / folder.partition("/")[0])

@@ -1,8 +1,8 @@
 """Tests of damaged copies of ReazonSpeech: damage affects only one shard, and every loss is reported.
 
-Each test changes one file of a release of four shards, as tar or parquet files. The run must not end, the
-recordings in the other shards must stay the same, and those in the damaged shard must be unchanged or missing
-and reported.
+Most tests change one file of a release of four shards, as tar or parquet files. The run must then continue,
+the recordings in the other shards must stay the same, and those in the damaged shard must be unchanged, or
+missing and reported.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def shard_path(data: Path, form: str) -> Path:
 
 
 def check(data: Path, work: Path, intact: Content, changes: int = 0) -> list[Rejected]:
-    """Check that only recordings in the damaged shard are lost and are reported; return the reports.
+    """Check that only recordings in the damaged shard are lost, and that they are reported; return reports.
 
     Args:
         changes: maximum number of recordings whose caption or length may differ.
@@ -100,9 +100,8 @@ def test_damaged_shard_costs_its_recordings(releases, intact, tmp_path, form, da
     path = shard_path(data, form)
     path.write_bytes(FILES[damage](path.read_bytes()))
     reports = check(data, tmp_path / "work", intact[form])
-    if (
-        damage == "twice"
-    ):  # a reader uses the first archive in a tar file and the last footer in a parquet file
+    # Readers use the first archive in a tar file and the last footer in a parquet file.
+    if damage == "twice":
         return
     reasons = {item.reason for item in reports}
     assert reasons & {"damaged shard", "truncated", "incomplete shard", "unusable audio"}
@@ -271,7 +270,7 @@ def test_parquet_rows_without_audio_or_caption(releases, tmp_path):
 
 
 def test_share_of_recordings_that_cannot_be_decoded_is_limited(releases, tmp_path):
-    """The headers of these recordings are intact, so that only decoding detects the damage."""
+    """Only decoding detects the damage, because the headers of the recordings are intact."""
     data = shutil.copytree(releases["tar"], tmp_path / "copy")
     path = shard_path(data, "tar")
     content = path.read_bytes()

@@ -1,7 +1,7 @@
 """Tests of malformed tables: one malformed row is rejected with its file and line, and many end the run.
 
-Every test changes a corpus of 20 recordings in one place. A local change must cost one row; a change of the
-whole input must end the stage with one sentence that names the file.
+Most tests damage a corpus of 20 recordings in one place. Damage to one row must reject that row, and damage
+to the whole input must end the stage with an error of one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_bytes_that_are_not_utf8_reject_their_row(root):
     assert ids == {*NAMES} - {"u00"} and "my.csv:2" in rejected[0]["detail"]
 
 
-def test_line_breaks_in_quotes_and_unicode_separators_are_no_rows(root):
+def test_line_breaks_in_quotes_and_unicode_separators_do_not_end_a_row(root):
     lines = changed(3, 2, '"今日は\n晴れ"')
     lines[4][2] = "今日\u2028は\x85晴れ"
     ids, rejected = prepared(write_csv(root, lines))
@@ -284,7 +284,7 @@ def test_malformed_kaldi_line_costs_one_utterance(root, file, line):
         raw = [text.encode() for text in lines]
         if name == file:
             raw[7] = line if isinstance(line, bytes) else line.encode()
-        (root / "kaldi" / name).write_bytes(b"\n".join([*raw, b"", b""]))  # with an empty line
+        (root / "kaldi" / name).write_bytes(b"\n".join([*raw, b"", b""]))  # an empty line at the end
     ids, rejected = prepared(root / "kaldi")
     assert len({*NAMES} - ids) <= 1 and 1 <= len(rejected) <= 2
     assert all(f"{root}/kaldi/" in item["detail"] and ":8" in item["detail"] for item in rejected)

@@ -135,7 +135,7 @@ def test_real_sentences_are_a_test_split(corpus):
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory) -> list[Utterance | Rejected]:
-    """Prepare sentences by ten known speakers and a guessed one, who all read one common sentence."""
+    """Prepare sentences by ten known speakers and a guessed one, all of whom also read a common sentence."""
     root = tmp_path_factory.mktemp("common_voice")
     lines = ["file\ttext\tspeaker"]
     for speaker in range(11):
@@ -328,7 +328,7 @@ def test_large_model_is_not_packed(finished, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("stage", build.FINISHED)
 def test_unfinished_stage_is_reported_before_clustering(stage, finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "cluster_units", lambda exp: pytest.fail("clustered"))
+    monkeypatch.setattr(build, "cluster_units", lambda exp: pytest.fail("units were clustered"))
     (finished / stage / DONE).unlink()
     assert build.main(["--pack", str(finished), "--to", str(tmp_path / "model")]) == 2
     assert str(finished / stage) in capsys.readouterr().err
@@ -368,7 +368,7 @@ def test_sentences_are_decoded_only_if_given(monkeypatch):
     assert not any(item.startswith("decode.splits") for item in commands[1])
 
 
-def test_required_corpora(capsys):
+def test_missing_common_voice_corpus_is_reported(capsys):
     assert build.main(["data=/corpus"]) == 2
     assert "common_voice=" in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_seed_changes_the_corpus():
 def test_two_processes_write_the_same_audio_as_one(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(script_processes, "_MIN_SHARE", 2)
     lines = [line for line, _ in demo._plan(demo.sentences(3), tmp_path, demo.Config(minutes=MINUTES), 3)][:4]
-    monkeypatch.setattr(demo, "_write", lambda *_: pytest.fail("written in this process"))
+    monkeypatch.setattr(demo, "_write", lambda *_: pytest.fail("a line was written in this process"))
     script_processes.run_in_processes(Path(demo.__file__), lines, tmp_path, 2, demo._write)
     for line in lines:
         assert line.path(tmp_path).read_bytes() == line.path(corpus[0]).read_bytes()

@@ -66,7 +66,7 @@ def test_training_splits_differ_and_test_splits_agree(corpora, tmp_path):
         assert splits["japanese", split] == splits["other", split]
     assert all(id.startswith("cv") for id in splits["japanese", "train"])
     assert all(id.startswith("other") for id in splits["other", "train"])
-    assert len(splits["japanese", "train"]) == len(splits["other", "train"]) == 18  # 0.3 minutes of 1 s each
+    assert len(splits["japanese", "train"]) == len(splits["other", "train"]) == 18  # 0.3 minutes
 
 
 def test_utterances_beyond_the_duration_are_rejected_with_a_reason(corpora, tmp_path):

@@ -50,7 +50,7 @@ def content(rows) -> dict[str, tuple[int, str]]:
 def test_captions_are_matched_with_recordings(tmp_path, dot, form, end):
     release = Release(tmp_path / "reazonspeech-v1", shards=2, rows=3, dot=dot)
     release.write(end=end, form=form)
-    rows, rejected = read(tmp_path, tmp_path)  # this finds the release folder
+    rows, rejected = read(tmp_path, tmp_path)  # the release folder is in tmp_path
     assert not rejected
     assert list(content(rows).items()) == list(release.rows.items())
     for item in rows:
@@ -347,7 +347,7 @@ def test_damaged_shard_yields_the_members_before_the_damage(tmp_path, damage, us
 
 
 class FailingMembers:
-    """Replacement for `_members` that fails several times for shard 001, after the first recording."""
+    """Replacement for `_members` that fails `failures` times for shard 001, after the first recording."""
 
     def __init__(self, failures: int):
         self.failures, self.members = failures, tar_index._members
@@ -387,7 +387,7 @@ def test_parquet_is_read_again_after_an_error_of_the_file_system(tmp_path, monke
     opened, reads = pq.ParquetFile, [0]
 
     class Failing:
-        """A file whose second batch cannot be read the first few times."""
+        """Parquet file whose second batch cannot be read the first `failures` times."""
 
         def __init__(self, path):
             self.file, self.schema_arrow = opened(path), opened(path).schema_arrow
@@ -473,7 +473,7 @@ print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))
 @pytest.mark.parametrize("write", [write_headers, write_parquet_headers])
 def test_indexing_is_fast_and_needs_little_memory(tmp_path, shards, rows, write):
     if not sys.platform.startswith("linux"):
-        pytest.skip("memory is read from /proc")
+        pytest.skip("the test reads /proc, which only Linux has")
     data = write(tmp_path / "corpus", shards, rows)
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", MEASURE, str(data), str(tmp_path / "out")]

@@ -194,7 +194,7 @@ def write_validated(root: Path, audio: Path, speakers: list[str]) -> Path:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_common_voice_is_split_by_speaker_and_the_largest_speaker_stays_in_training(tmp_path, audio, seed):
-    speakers = ["large"] * 40 + [f"s{i % 12}" for i in range(50)] + [""] * 10  # the last ones are unknown
+    speakers = ["large"] * 40 + [f"s{i % 12}" for i in range(50)] + [""] * 10  # the last ten are unknown
     release = write_validated(tmp_path / "cv", audio, speakers)
     items = [i for i in table.prepare(release, tmp_path, table.Config(), seed) if isinstance(i, Utterance)]
     of = {split: [i.speaker for i in items if i.split == split] for split in ("train", "dev", "test")}
@@ -344,7 +344,7 @@ def test_kana_become_words(tmp_path, audio):
 
 
 def test_long_recordings_are_cut_at_pauses(tmp_path):
-    """Six bursts of 3 s are cut at pauses of 0.5 s. A long recording with text is rejected."""
+    """The recording has six bursts of 3 s with pauses of 0.5 s. With a text, it is rejected and not cut."""
     noise = np.random.default_rng(0).standard_normal(3 * RATE) * 0.1
     wav = np.concatenate([part for _ in range(6) for part in (noise, np.zeros(RATE // 2))])
     soundfile.write(tmp_path / "long.wav", wav, RATE)
@@ -390,7 +390,7 @@ def test_one_command_runs_from_a_table_to_a_score(tmp_path, capsys, caplog, voca
 
 
 def test_single_words_are_long_enough_for_pretraining(tmp_path, capsys, caplog):
-    """Words of 0.8 s are used, a word of 0.3 s is skipped; a corpus without longer words is refused."""
+    """Words of 0.8 s are used, and a word of 0.3 s is skipped. The stage fails if all words are too short."""
     caplog.set_level(logging.INFO)
     lines = ["path,kana,split"]
     for i in range(20):

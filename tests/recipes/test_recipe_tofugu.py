@@ -162,7 +162,7 @@ def test_inconsistent_sizes_are_rejected(options, corpus, tmp_path):
 
 def test_all_real_words_are_used(tmp_path):
     if not (TOFUGU / "lib" / "ogg").is_dir():
-        pytest.skip("needs the Tofugu words")
+        pytest.skip("needs the Tofugu corpus")
     ogg = tmp_path / "data" / "lib" / "ogg"
     ogg.mkdir(parents=True)
     for path in sorted((TOFUGU / "lib" / "ogg").iterdir())[::60]:

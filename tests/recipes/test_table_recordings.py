@@ -23,7 +23,7 @@ from jahubert.train.experiment.registry import recipe_module
 
 table = recipe_module("table")
 module = table.read_recordings.__globals__
-ROUNDING = 0.5 / (1 << 15) + 1e-6  # of 16-bit samples, and of MP3 decoders
+ROUNDING = 0.5 / (1 << 15) + 1e-6  # error of 16-bit samples, plus a margin for MP3 decoders
 SEGMENTS = ((0.0, 0.7), (0.5004, 1.3), (1.9, 2.5))  # seconds
 
 
@@ -100,7 +100,7 @@ def test_whole_and_seekable_recordings_are_not_converted(tmp_path):
 def test_long_recordings_without_text_are_cut_in_their_copy(tmp_path):
     source = write_audio(tmp_path / "in" / "long.mp3", seconds=7.0, channels=1)
     write_audio(tmp_path / "in" / "short.mp3", seconds=2.0)
-    work = tmp_path / "in" / "work"  # copies inside the folder of the corpus are not recordings of it
+    work = tmp_path / "in" / "work"  # the copies in this folder must not be read as recordings
     first = prepared(tmp_path / "in", work, max_seconds=3.0)
     assert prepared(tmp_path / "in", work, max_seconds=3.0) == first
     *parts, short = first[0]
@@ -127,7 +127,7 @@ def test_a_recording_that_cannot_be_decoded_is_rejected_with_the_reason(tmp_path
 
 
 def test_audio_far_above_full_scale_is_not_distorted(tmp_path, caplog):
-    """Programs store 16-bit numbers as floating-point numbers without scaling them."""
+    """Some programs store 16-bit samples as floating-point numbers without scaling them."""
     t = np.arange(44_100) / 44_100
     soundfile.write(tmp_path / "a.wav", 3000 * np.sin(2000 * t), 44_100, "FLOAT")
     items, _ = prepared(write_table(tmp_path, "a.wav", segments=[(0.2, 0.5)]), tmp_path / "work")
