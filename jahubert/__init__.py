@@ -5,8 +5,8 @@
     transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
     encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # .hidden_BSD
 
-`HubertModel` is an `nn.Module`. Names are imported lazily. Importing jahubert has no side effects: it starts
-no threads and configures no logging.
+`HubertModel` is an `nn.Module`. The public names are imported lazily. Importing jahubert has no side effects:
+it starts no threads and configures no logging.
 """
 
 from __future__ import annotations

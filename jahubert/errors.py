@@ -1,9 +1,10 @@
 """Exception classes of jahubert.
 
-A message states what failed, where, what was found and what to do. `UserError` is the base class of the
-errors that files, options or the setup of a machine can cause. Other file system errors are `OSError`s that
-name the file. Commands print the message of either kind without a traceback and exit with `exit_status`.
-Functions may raise a ValueError or TypeError for invalid arguments.
+Error messages should state what failed, where, what was found and what to do. `UserError` is the base class
+of the errors that files, options or the setup of a machine can cause. File system errors for which it has no
+subclass are `OSError`s that name the file. Commands print the message of either kind without a traceback and
+exit with the status that `exit_status` returns. Functions may raise a ValueError or TypeError for invalid
+arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class JahubertError(Exception):
 
     Attributes:
         exit_status: exit status of a command that ends with this error.
-        reported: whether another process prints the message, in which case this one does not.
+        reported: whether another process prints the message, in which case this process does not.
     """
 
     exit_status: int = 1
@@ -52,14 +53,15 @@ class ConfigError(UserError):
     """Raised for one or more invalid settings or arguments.
 
     Attributes:
-        settings: one message per invalid setting, if known, so that errors of several stages can be merged.
+        settings: one message per invalid setting, from which the errors of several stages can be merged.
+            Empty if the error has only a single message.
     """
 
     settings: tuple[str, ...] = ()
 
 
 class AudioError(UserError):
-    """Raised if a file, stream or array is missing or contains no usable audio."""
+    """Raised if a file is missing, or if a file, stream or array contains no usable audio."""
 
 
 class DataError(UserError):
@@ -153,8 +155,8 @@ def printable(text: str) -> str:
 def exit_status(error: BaseException) -> int:
     """Return the exit status for an error.
 
-    A `JahubertError` has its own status. OSErrors have status 2, except for a full disk. A full disk and all
-    other errors, which are internal errors, have status 1.
+    A `JahubertError` has its own status. An OSError has status 2, or 1 if a disk is full. All other errors
+    are internal errors and have status 1.
     """
     if isinstance(error, JahubertError):
         return error.exit_status
@@ -162,7 +164,7 @@ def exit_status(error: BaseException) -> int:
 
 
 def file_system_error(error: BaseException | None, path: str | os.PathLike[str]) -> OSError | None:
-    """Return the file system error that `error` is or wraps, or None if it is another error.
+    """Return the file system error that `error` is or wraps, or None if it is an error of another kind.
 
     Some libraries raise file system errors without a file name, or wrap them in their own exception types.
 

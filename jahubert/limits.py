@@ -1,7 +1,7 @@
 """Limits on the memory and time for opening model files, data files and streams.
 
-Real files stay below these limits. For larger files from a trusted source, the environment variable
-`JAHUBERT_LIMITS` multiplies all of them.
+Files that occur in practice stay below these limits. The environment variable `JAHUBERT_LIMITS` multiplies
+all limits, so that larger files from a trusted source can be opened.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 from jahubert.errors import ConfigError
 
 VARIABLE = "JAHUBERT_LIMITS"
-ADVICE = f"if you trust the file, set the environment variable {VARIABLE}=10 for ten times the limit"
+ADVICE = f"if you trust the source, set the environment variable {VARIABLE}=10 for ten times the limit"
 JSON_BYTES = 4 << 20  # size of a JSON file, which can take fifty times as much memory when parsed
 PICKLE_BYTES = 16 << 20  # size of a pickle without its tensors
 INSTRUCTIONS = 500_000  # instructions in a pickle; 300 tensors and 50,000 symbols need 270,000
 DEPTH = 100  # number of levels of nested settings
 EXPANSION = 4  # number of tensor bytes per byte of the file
 GZIP_EXPANSION = 100  # number of decompressed bytes per byte of a gzip file; text needs 3 to 40
-GZIP_BYTES = 16 << 20  # decompressed size of a gzip file that is allowed in any case
+GZIP_BYTES = 16 << 20  # decompressed size of a gzip file that is allowed regardless of GZIP_EXPANSION
 STREAM_BYTES = 4 << 30  # size of a recording from a pipe; 37 h of 16-bit mono audio at 16 kHz
 CONVS = 64  # number of layers in the front end
 LAYERS = 512  # number of Transformer blocks

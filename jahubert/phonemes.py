@@ -89,7 +89,7 @@ _READ = _single_kana()
 
 
 def _syllable(base: str, small: str) -> tuple[str, ...]:
-    """Return the phones of a kana and the small kana after it, usually a consonant and the small vowel."""
+    """Return the phones of a kana and the small kana after it, usually one consonant and one vowel."""
     if base + small in _IRREGULAR:
         return _IRREGULAR[base + small]
     phones = _READ[base]
@@ -356,7 +356,8 @@ class PhonemeSet:
             for phone in word:
                 if phone in (BLANK, BOUNDARY) or phone not in self._index:
                     raise DataError(
-                        f"{quote(phone)} in {quote(' '.join(word))} is not a symbol of this model's words"
+                        f"{quote(phone)} in the word {quote(' '.join(word))} is not one of the model's "
+                        "phones or characters"
                     )
                 labels.append(self._index[phone])
         return labels

@@ -12,10 +12,11 @@ BROKEN_PIPE = 141  # exit status if the reader of standard output ends early
 
 
 def open_standard_streams() -> None:
-    """Replace closed standard output by a stream whose writes fail, and closed standard error by os.devnull.
+    """Replace standard output or standard error if it is closed.
 
-    The descriptors of closed streams are occupied as well. Otherwise, an output file could get one of them
-    and receive what a library prints.
+    Writes to the new standard output fail, and those to the new standard error are discarded. The descriptors
+    of closed streams are occupied as well. Otherwise, an output file could get one of them and receive what a
+    library prints.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -35,7 +36,7 @@ def is_output_error(error: OSError) -> bool:
 
 
 def failed_output(error: OSError) -> int:
-    """Report that standard output cannot be written, and return the exit status."""
+    """Return the exit status for an error of standard output. Report the error unless a pipe was closed."""
     # Otherwise, Python would report the error of standard output again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):

@@ -227,7 +227,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
         if header[:4] != b"OggS":
             if find(file, b"OggS", position) < 0:  # there is trailing data, for example an ID3 tag
                 break
-            raise AudioError(f"{name} is damaged: no Ogg page at byte {position}")
+            raise AudioError(f"{name} is damaged: there is no Ogg page at byte {position}")
         n_segments = header[26] if len(header) > 26 else 0
         end = position + 27 + n_segments + sum(header[27 : 27 + n_segments])
         if len(header) < 27 + n_segments or end > size:

@@ -21,7 +21,7 @@ from jahubert.errors import AudioError
 _BLOCK = 60 * 48_000  # number of frames to decode at a time from a file of unknown length
 _UNKNOWN = 1 << 48  # frame counts of this value or more mean that the length is unknown
 _FLAC = b"fLaC\0\0\0\x22"  # start of a FLAC stream
-_MIN_RATE, _MAX_RATE = 1_000, 3_072_000  # Hz; files with other rates are considered damaged
+_MIN_RATE, _MAX_RATE = 1_000, 3_072_000  # Hz; files with rates outside this range are considered damaged
 _READ_AHEAD = 65_536  # maximum number of bytes that a decoder reads ahead
 _SOUNDFILE_ERRORS = (soundfile.SoundFileError, TypeError, ValueError, RuntimeError)
 
@@ -160,7 +160,7 @@ class SoundFileDecoder:
         self.file.close()
 
     def length(self) -> int:
-        if not self.seekable:  # MP3 decoders deviate from the stated length
+        if not self.seekable:  # the length is not stated, or MP3 decoders deviate from the stated length
             return sum(len(block) for block in self.blocks(_BLOCK))
         self._check_flac_length()
         n_frames: int = self.file.frames
@@ -229,7 +229,7 @@ class SoundFileDecoder:
         if self.file.format != "FLAC" or self.file.frames >= _UNKNOWN:
             return
         file = self.source.file
-        position = file.tell()  # libsndfile moves the same descriptor
+        position = file.tell()  # libsndfile uses the position of the same descriptor
         n_samples = flac_samples(file, self.source.size)
         file.seek(position)
         if n_samples is not None and n_samples != self.file.frames:
@@ -239,7 +239,7 @@ class SoundFileDecoder:
             )
 
     def _damaged(self) -> AudioError:
-        return AudioError(f"{self.name} is truncated or damaged: its samples cannot all be decoded")
+        return AudioError(f"{self.name} is truncated or damaged: some of its samples cannot be decoded")
 
     def _truncated(self, n_expected: int, n_read: int) -> AudioError:
         return AudioError(

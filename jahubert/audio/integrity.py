@@ -1,8 +1,8 @@
 """Detection of truncated files and wrong FLAC lengths, which libsndfile accepts without an error.
 
-libsndfile reads a truncated file of some rare formats as a shorter one and reports this only in its log. It
-stops reading a FLAC stream at the sample count in the header, even if more frames follow. The headers of
-IRCAM, PAF and PVF files state no length, so their truncation cannot be detected.
+In some rare formats, libsndfile reads a truncated file as a shorter one and reports the truncation only in
+its log. It stops reading a FLAC stream at the sample count in the header, even if more frames follow. The
+headers of IRCAM, PAF and PVF files state no length, so their truncation cannot be detected.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def load_audio(
     Args:
         source: see `AudioLike`.
         sample_rate: sampling rate of an array in Hz (default: the rate in `source`, or 16,000). It is ignored
-            for files, whose headers specify the rate.
+            for files and streams, whose headers specify the rate.
         start: first sample to return, at 16 kHz.
         n_samples: number of samples to return, at 16 kHz. Fewer are returned at the end of the audio.
 
@@ -81,11 +81,11 @@ def load_audio(
 def stream_audio(
     source: AudioLike, sample_rate: float | None = None, *, block_seconds: float = 10.0
 ) -> Iterator[torch.Tensor]:
-    """Yield the samples of `load_audio(source)` in blocks (T,), using memory independent of a file's length.
+    """Yield the samples of `load_audio(source)` in blocks (T,), without loading a whole file into memory.
 
     The concatenated blocks are bit-identical to `load_audio(source)`, or equal up to rounding (1e-7) for MP3.
-    An error in a file is raised when decoding reaches it. Byte ranges, pipes and open streams are kept in
-    memory in encoded form.
+    An error in a file is raised when decoding reaches it. Byte ranges, pipes and open streams, unlike files,
+    are kept in memory in encoded form.
 
     Args:
         source, sample_rate: see `load_audio`.
@@ -194,7 +194,10 @@ def _from_sequence(values: Any) -> np.ndarray:
     except ValueError:  # the lists have different lengths
         array = np.zeros(0, object)
     if not isinstance(values, list | tuple) or array.dtype.kind not in "fi":
-        raise AudioError(f"audio of type {type(values).__name__} does not consist of floats: {_EXPECTED}")
+        raise AudioError(
+            f"audio of type {type(values).__name__} is neither a list of floats nor one equally long list of "
+            f"floats per channel: {_EXPECTED}"
+        )
     if array.dtype.kind == "i":
         raise AudioError("audio is a list of integers, whose full scale is unknown: pass an int16 array")
     return array
@@ -288,5 +291,5 @@ def _to_16k(wav_T: np.ndarray, rate: int, name: str) -> np.ndarray:
 
 
 def _resampled_length(n: int, rate: int) -> int:
-    """Return the output length of soxr, which is n * 16,000 / rate with halves rounded up."""
+    """Return the output length of soxr: n * 16,000 / rate, rounded to the nearest integer (halves up)."""
     return n if rate == SAMPLE_RATE else (2 * n * SAMPLE_RATE + rate) // (2 * rate)

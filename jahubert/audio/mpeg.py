@@ -149,7 +149,11 @@ def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
 
 
 def _next_frame(data: _Window, position: int) -> int:
-    """Return the position of the next frame that precedes another frame, a tag or the file's end, or -1."""
+    """Return the position of the next frame, or -1 if there is none.
+
+    As bytes in other data may resemble a frame header, a frame counts only if another frame with the same
+    parameters, a tag or the end of the file follows directly.
+    """
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
         header = _parse(data[position : position + 4])

@@ -91,8 +91,8 @@ def _range(file: BinaryIO, source: AudioSource, name: str) -> AudioBytes:
         return AudioBytes(name, file, size)
     if source.offset > size or source.offset + source.length > size:
         raise AudioError(
-            f"{name} exceeds the file size ({size} bytes): the archive is truncated, or the manifest belongs "
-            "to another archive"
+            f"{name} exceeds the file size ({size} bytes): the file is truncated, or the byte range is from "
+            "another file"
         )
     file.seek(source.offset)
     content = bytearray()
@@ -105,8 +105,8 @@ def _read_stream(stream: Any, name: str) -> bytes:
     """Read a pipe or binary stream to its end.
 
     Raises:
-        AudioError: the stream is a text stream, or exceeds the limit for streams that are not seekable, as an
-            endless stream does.
+        AudioError: the stream is a text stream, or is not seekable and exceeds the size limit, as an endless
+            stream does.
     """
     max_bytes = limit(STREAM_BYTES)
     content = io.BytesIO()
@@ -119,7 +119,7 @@ def _read_stream(stream: Any, name: str) -> bytes:
         if n_bytes > max_bytes:
             raise AudioError(
                 f"{name} has more than {max_bytes:,} bytes, the limit for streams that are not seekable; "
-                f"write it to a file, or {ADVICE}"
+                f"write it to a file; or, {ADVICE}"
             )
         content.write(block)
     return content.getvalue()

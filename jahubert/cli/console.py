@@ -40,7 +40,7 @@ class Input:
 
 
 class _StandardInput:
-    """Stream that accesses standard input only in `read`, whose errors are reported for the recording."""
+    """Stream that does not access standard input before `read`, so that errors are those of a recording."""
 
     name = "standard input"
 
@@ -94,8 +94,8 @@ def find_inputs(
             if item.base in owner:
                 target = Path(into, str(item.base) + ending)
                 raise ConfigError(
-                    f"{owner[item.base]} and {item.label} would both write {target}; use two output folders, "
-                    "or give each recording once"
+                    f"the results of {owner[item.base]} and {item.label} would both be written to {target}; "
+                    "use two output folders, or give each recording once"
                 )
             owner[item.base] = item.label
     return recordings, empty
@@ -132,7 +132,7 @@ def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:
         return [argument]
     paths = sorted(glob.glob(argument, recursive=True))
     if not paths:
-        empty[argument] = AudioError(f"{argument}: no file matches")
+        empty[argument] = AudioError(f"{argument}: no file matches this pattern")
     return paths
 
 
@@ -175,7 +175,7 @@ class CommandProgress:
         bar = f"[{'#' * filled}{'.' * (BAR - filled)}] [{self.n_seen}/{self.n_inputs}]"
         label = printable(self.label).replace("\n", "\\n")
         line = f"{bar}{audio}  {label}"
-        width = shutil.get_terminal_size().columns - 1  # a line that is wrapped could not be cleared
+        width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be cleared
         print(f"\r\x1b[K{line[:width]}", end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:

@@ -1,8 +1,9 @@
 """Output files of `jahubert features`: one .npy per recording, or a single safetensors file.
 
-Each file is written atomically. `features.json` records the model and the settings, and `sources.jsonl` the
-recording of each file. An interrupted run can therefore resume, a folder never mixes features that were
-computed with different settings, and features are never taken for those of another recording.
+Each feature file is written atomically. `features.json` records the model and the settings, and
+`sources.jsonl` records which recording each file belongs to. An interrupted run can therefore resume, a
+folder never mixes features that were computed with different settings, and features are never taken for those
+of another recording.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class FeatureFiles:
     def has(self, base: Path, audio: str) -> bool:
         """Return whether the features of `audio` exist and the recording has not changed since.
 
-        Features of standard input are always computed. If a recording was moved, its new path is recorded.
+        Features of standard input are always recomputed. If a recording was moved, its new path is recorded.
 
         Raises:
             StaleError: the output file contains the features of another recording.
@@ -150,7 +151,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); delete its folder and rerun the command") from error
     if not isinstance(recorded, dict):
-        raise DataError(f"{path}: damaged (no JSON object); delete its folder and rerun the command")
+        raise DataError(f"{path}: damaged (not a JSON object); delete its folder and rerun the command")
     return recorded
 
 
@@ -169,7 +170,8 @@ def _source_of(audio: str) -> Source:
 def _was_moved(written: Source, source: Source) -> bool:
     """Return whether two sources with different paths are the same recording, which has been moved.
 
-    If the old path still exists, it is another recording: files of a corpus may have equal sizes and times.
+    If the old path still exists, the recordings are considered different, because the files of a corpus may
+    have equal sizes and times.
     """
     if source["size"] is None or {**written, "path": source["path"]} != source:
         return False
@@ -198,7 +200,7 @@ def _append_line(path: Path, content: dict[str, Any]) -> None:
                 if file.read(1) != b"\n":  # the previous line is incomplete
                     file.write(b"\n")
             file.write(json.dumps(content).encode() + b"\n")
-    except OSError as error:  # errors of writing do not name the file
+    except OSError as error:  # write errors do not name the file
         raise file_system_error(error, path) or error from error
 
 

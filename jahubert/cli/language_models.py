@@ -23,20 +23,20 @@ def add_commands(command: Command) -> None:
     sub = command(ngram, "train an n-gram language model (modified Kneser-Ney) and write an ARPA file")
     _add_text_options(sub)
     sub.add_argument(
-        "-o", "--output", metavar="FILE", required=True, help="ARPA file, compressed if it ends in .gz"
+        "-o", "--output", metavar="FILE", required=True, help="ARPA file, gzip-compressed if FILE ends in .gz"
     )
     sub.add_argument(
         "--order", type=int, default=4, metavar="N", help="length of the longest n-grams (default: 4)"
     )
     sub.add_argument(
-        "--lexicon", metavar="FILE", help="also write the words and their pronunciations (--unit word)"
+        "--lexicon", metavar="FILE", help="also write the words and their pronunciations (only --unit word)"
     )
     sub.add_argument(
         "--kana", action="store_true", help="write pronunciations in kana, for models with kana symbols"
     )
 
     sub = command(perplexity, "print the perplexity of an n-gram language model on a text")
-    sub.add_argument("lm", metavar="LM", help="ARPA file, plain or gzip")
+    sub.add_argument("lm", metavar="LM", help="ARPA file, plain or gzip-compressed")
     _add_text_options(sub)
 
 
@@ -51,7 +51,9 @@ def _add_text_options(sub: argparse.ArgumentParser) -> None:
         help="word: words segmented by pyopenjtalk; phone or kana: the reading, with | between words; "
         "character: characters without spaces; token: tokens separated by spaces (default: word)",
     )  # fmt: skip
-    sub.add_argument("--punctuation", action="store_true", help="keep punctuation marks (--unit character)")
+    sub.add_argument(
+        "--punctuation", action="store_true", help="keep punctuation marks (only --unit character)"
+    )
 
 
 def ngram(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 Results are written to standard output or to the path given with -o, and everything else to standard error.
 Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an
 error that the user can fix (a missing file, a wrong option), 1 for an internal error or a full disk, 75 if a
-training run was stopped by a signal, 130 after an interrupt, and 141 if the reader of a pipe ends early.
+training run was stopped by a signal, 130 after an interrupt, and 141 if the program that reads the output
+ends early.
 
 Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
@@ -63,8 +64,9 @@ TRAIN_PACKAGES = {
 # Type of a function that adds a subcommand, given the function to run and a short description.
 Command = Callable[[Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 PLAN = (
-    "settings of jahubert run; gpus=N (default: processes=), gpu=NAME (default: this machine), "
-    "utilization=X of the 16-bit peak, hours=H of speech (default: from the prepared corpus or the recipe)"
+    "settings of jahubert run; gpus=N (default: the setting processes), gpu=NAME (default: this machine's), "
+    "utilization=X (fraction of the 16-bit peak), hours=H (of speech; default: from the prepared corpus or "
+    "the recipe)"
 )
 BUILTIN_NOTE = (
     "transcribing with the built-in model, a small one for trying jahubert on clear Japanese speech; for "
@@ -90,7 +92,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 
 def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the language model options on the command line. The model supplies the others."""
+    """Return the language model options that were given on the command line."""
     names = ("lm", "lexicon", "lm_weight", "word_bonus")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | ({"lm": None} if args.no_lm else {})
@@ -101,14 +103,14 @@ def transcribe(args: argparse.Namespace) -> int:
     formats = list(writers.FORMATS) if args.format == "all" else [args.format]
     named = needs_names(args.audio)
     if single_file is not None and named:
-        raise ConfigError(f"-o {single_file} is one file, but there are several recordings; give a folder")
+        raise ConfigError(f"-o {single_file} is a file, but there may be several recordings; give a folder")
     inputs, empty = find_inputs(
         args.audio, None if single_file is not None else args.output, writers.FORMATS[formats[0]][0]
     )
     if args.output is None and args.format == "all":
         raise ConfigError("-f all writes several files: add -o DIR")
     if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
-        raise ConfigError(f"-f {args.format} of more than one recording needs a folder: add -o DIR")
+        raise ConfigError(f"-f {args.format} needs a folder if there may be several recordings: add -o DIR")
     source = model_source(args)
     import torch
 
@@ -300,11 +302,13 @@ def units(args: argparse.Namespace) -> int:
     from jahubert.inference.features import UnitExtractor
 
     if args.output is not None and Path(args.output, RECORD).exists():
-        raise ConfigError(f"-o {args.output} contains features of layers; use another folder for the units")
+        raise ConfigError(
+            f"-o {args.output} contains the output of jahubert features; use another folder for the units"
+        )
 
     extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
 
-    # Chunked recordings are computed one by one, because they may be too long to be prefetched.
+    # With chunks, recordings are processed one by one, because they may be too long to be prefetched.
     sources = (item.open() for item in inputs)
     whole = extractor.many(sources, errors="return") if args.chunk_seconds is None else None
 
@@ -366,7 +370,7 @@ def convert(args: argparse.Namespace) -> int:
     if Path(args.source, "units.bin").is_file():
         return convert_labels(args)
     if args.manifest is not None:
-        raise ConfigError(f"--manifest applies only to units, but {args.source} contains none (units.bin)")
+        raise ConfigError(f"--manifest applies only to units, but {args.source} contains no units.bin")
     if args.to in CORPUS_FORMATS:
         return export_corpus(args)
     from jahubert.formats import convert as conversion
@@ -553,11 +557,13 @@ def audio_commands(command: Command) -> None:
     lm = sub.add_mutually_exclusive_group()
     lm.add_argument(
         "--lm", metavar="FILE",
-        help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see ngram; "
-        "default: the n-gram of the model, if it has one)",
+        help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see jahubert "
+        "ngram; default: the n-gram of the model, if it has one)",
     )  # fmt: skip
     lm.add_argument("--no-lm", action="store_true", help="do not use the n-gram of the model")
-    sub.add_argument("--lexicon", metavar="FILE", help="recognize only these words and write them as listed")
+    sub.add_argument(
+        "--lexicon", metavar="FILE", help="recognize only the words in FILE and write them as spelled there"
+    )
     sub.add_argument(
         "--lm-weight", type=float, metavar="W", help="n-gram weight (default: that of the model, or 0.5)"
     )
@@ -569,7 +575,7 @@ def audio_commands(command: Command) -> None:
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
     sub.add_argument(
         "--vad", choices=["builtin", "silero", "off"], default="builtin",
-        help="voice activity detection; silero is a neural network, for noisy recordings (extra vad)",
+        help="voice activity detection; silero is a neural network for noisy recordings (extra vad required)",
     )  # fmt: skip
     sub.add_argument("--no-vad", dest="vad", action="store_const", const="off", help="same as --vad off")
     dtype(sub, "auto", "int8")
@@ -591,7 +597,7 @@ def audio_commands(command: Command) -> None:
     sub = command(units, "print the discrete units of audio, 50 per second")
     audio(sub)
     sub.add_argument("-o", "--output", metavar="DIR", help="write one int64 .npy file per recording instead")
-    sub.add_argument("--unique", action="store_true", help="merge repeated units")
+    sub.add_argument("--unique", action="store_true", help="merge consecutive equal units")
     chunked(sub)
 
 
@@ -627,9 +633,9 @@ def experiment_commands(command: Command) -> None:
         run, "run stages of an experiment: prepare, pretrain, finetune, ... (same as python -m jahubert.run)"
     )
     sub.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="recipe=NAME stage=NAME and others")
-    sub = command(plan, "estimate the hours, disk and memory of stages")
+    sub = command(plan, "estimate the time, disk space and memory that stages need")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
-    sub.add_argument("--json", action="store_true", help="print JSON, in bytes and hours")
+    sub.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes and times in hours")
 
     sub = command(status, "show which stages of an experiment are done")
     sub.add_argument("experiment", metavar="EXP", help="experiment folder, exp/NAME")

@@ -119,8 +119,8 @@ def _restore(path: Path, replaced: Path) -> None:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files and folders that killed processes left in `folder`.
 
-    The old content of a folder that a killed process was replacing is restored by the next write to this
-    folder if its new content is missing, and is removed otherwise.
+    If a process was killed while it replaced a folder, the old content of that folder is removed, unless the
+    new content is missing. In that case, the next write to that folder restores the old content.
 
     Args:
         name: the file or folder in `folder` that the processes were writing (default: any).
@@ -207,7 +207,7 @@ def _release(descriptor: int, temporary: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file. Return False if another writer holds the lock, True if locks are unsupported."""
+    """Lock an open file if locks are supported. Return False if another writer holds the lock, else True."""
     if sys.platform == "win32":
         return True
     try:
@@ -225,7 +225,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Flush a new file and set its permissions, because some libraries create private files."""
+    """Flush a new file and set its permissions, because some libraries create files only for their owner."""
     if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
     _flush(path)

@@ -8,8 +8,9 @@
     language_model.arpa.gz                                      if present: n-gram over the symbols
     README.md                                                   model card
 
-`load_bundle` opens models in all formats except ONNX, in four steps: `resolve_model` finds the file or
-folder, the reader for its format converts it to a `RawModel`, the tensors are checked, and modules are built.
+`load_bundle` opens models in all supported formats except ONNX, in four steps: `resolve_model` finds the file
+or folder, the reader for its format converts it to a `RawModel`, the tensors are checked, and modules are
+built.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ INFO_KEYS = (
     "format", "config", "temperature", "phonemes", "centroid_layer", "language_model", "weights", "files",
     "checksum",
 )  # fmt: skip
-_CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")  # fields without a Hugging Face key
-_SPECIAL_ROWS = "special_rows"  # stored with the tensors of the pretraining head
+# HubertConfig fields that have no key in Hugging Face's configuration.
+_CONFIG_FIELDS = ("conv_grad_scale", "normalize", "normalize_eps")
+_SPECIAL_ROWS = "special_rows"  # name of a tensor that is stored with those of the pretraining head
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Bundle:
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of a model file
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
-    notes: list[str] = field(default_factory=list)  # one sentence per change to the model
+    notes: list[str] = field(default_factory=list)  # one message per change to the model
     language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
 
 
@@ -128,7 +130,7 @@ def save_bundle(
 
     Args:
         path: folder to write.
-        centroid_layer: layer to whose output the centroids belong.
+        centroid_layer: layer whose output was clustered to compute the centroids.
         info: additional content of jahubert.json.
         special_rows: codebook rows of fairseq's special symbols, stored with `unit_head`.
         language_model: n-gram model that is copied into the bundle.
@@ -142,7 +144,7 @@ def save_bundle(
     if hubert is None:
         raise ConfigError("save_bundle needs `model` or `ctc`")
     if centroids_KD is not None and centroid_layer is None:
-        raise ConfigError("save_bundle needs centroid_layer, the layer to which the centroids belong")
+        raise ConfigError("save_bundle needs centroid_layer, the layer whose output was clustered")
     path = Path(path)
     if path.exists() and not (path / INFO).exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not a bundle; remove it or choose another name")
@@ -186,7 +188,7 @@ def save_bundle(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, shapes, dtypes and values of all tensors, whatever the file format."""
+    """Return the SHA-256 of the names, shapes, dtypes and values of a model's tensors."""
     return _tensors_hash(model.state_dict())
 
 
@@ -243,8 +245,8 @@ def _read_bundle(folder: Path) -> RawModel:
     info = read_json(path)
     if typed_item(path, info, "format", int, 0) > FORMAT:
         raise CheckpointError(
-            f"{folder}: the format is {info['format']}, but this version can read only up to {FORMAT}; "
-            "update jahubert"
+            f"{folder}: the format version is {info['format']}, but this version of jahubert can read only "
+            f"versions up to {FORMAT}; update jahubert"
         )
     _verify(folder, info)
     fields = typed_item(path, info, "config", dict, {})
@@ -264,7 +266,7 @@ def _read_bundle(folder: Path) -> RawModel:
             raise CheckpointError(f"{folder / HEADS}: label_embeddings is missing")
         rows = raw.head.pop(_SPECIAL_ROWS, None)
         if rows is not None and (rows.dim() != 2 or not rows.is_floating_point()):
-            raise CheckpointError(f"{folder / HEADS}: {_SPECIAL_ROWS} is not a matrix")
+            raise CheckpointError(f"{folder / HEADS}: {_SPECIAL_ROWS} is not a floating-point matrix")
         raw.special_rows = rows
         raw.temperature = typed_item(path, info, "temperature", float, raw.temperature)
         if raw.temperature <= 0:
@@ -280,7 +282,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
     """Check the centroids and their layer, and return the centroids (K, D)."""
     centroids_KD = tensors.get("centroids_KD")
     if centroids_KD is None or centroids_KD.dim() != 2 or not len(centroids_KD):
-        raise CheckpointError(f"{path}: centroids_KD is missing or not a matrix")
+        raise CheckpointError(f"{path}: centroids_KD is missing, empty or not a matrix")
     if not centroids_KD.is_floating_point() or centroids_KD.shape[1] != raw.config.width:
         raise CheckpointError(
             f"{path}: centroids_KD has shape {tuple(centroids_KD.shape)} and type {centroids_KD.dtype}, but "
@@ -295,7 +297,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
 
 
 def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
-    """Return the language model in jahubert.json, if any, after checking its parameters and its file."""
+    """Return the language model that jahubert.json describes, if any, and check its parameters and file."""
     stored = typed_item(folder / INFO, info, "language_model", dict)
     if stored is None:
         return None
@@ -304,7 +306,9 @@ def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
         raise CheckpointError(f"{folder / INFO}: language_model needs a finite weight and word_bonus")
     path = folder / LANGUAGE_MODEL
     if not path.is_file():
-        raise CheckpointError(f"{path}: file not found, but {INFO} names it; copy the bundle again")
+        raise CheckpointError(
+            f"{path}: file not found, but {INFO} describes a language model; copy the bundle again"
+        )
     return LanguageModel(path, *numbers)
 
 
@@ -414,8 +418,8 @@ def _verify(folder: Path, info: dict[str, Any]) -> None:
         file = folder / os.path.basename(name)
         if not file.is_file() or _describe(file) != recorded:
             raise CheckpointError(
-                f"{file}: missing or damaged: its checksum does not match {INFO}; {advice}, or delete the "
-                f"fields `checksum` and `files` of {INFO} if the change was intended"
+                f"{file}: missing, or its size or checksum differs from the record in {INFO}; {advice}, or "
+                f"delete the fields `checksum` and `files` of {INFO} if the change was intended"
             )
 
 

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # maximum difference of outputs; permuted rows may be rounded 
 class Conversion:
     """Result of a verified conversion."""
 
-    notes: tuple[str, ...]  # one sentence per change to the model
+    notes: tuple[str, ...]  # one message per change to the model
     difference: float  # largest absolute difference between the compared outputs, on random audio
 
 
@@ -72,7 +72,7 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
 
     The outputs of layers, CTC heads and unit heads are compared, except for heads that only one of the models
     has. CTC symbols are matched by name if both models name them. The audio is noise with unit variance, so
-    that the epsilon of waveform normalization has no effect. The result is NaN if an output is NaN.
+    that the epsilon of waveform normalization has almost no effect. The result is NaN if an output is NaN.
     """
     wav_BT = torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     n_samples = [SAMPLE_RATE, SAMPLE_RATE * 5 // 8]
@@ -104,7 +104,7 @@ def _check_target(target: Path, to: str) -> None:
     if to != "hf" and target.suffix not in suffixes:
         raise ConfigError(f"{target}: {to} files end in {' or '.join(suffixes)}; choose another name")
     for path in (target, target.with_suffix(".json")) if to == "torchaudio" else (target,):
-        # A later write would not remove leftovers next to an existing target, because the target is kept.
+        # If the target already exists, no write follows that would remove the leftovers.
         remove_leftovers(path.parent, path.name)
         if path.exists() and not _is_leftover(path):
             raise ConfigError(f"{path} already exists; remove it or choose another name")
@@ -162,7 +162,7 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:
-    """Return, for rows of the first CTC head, the row of the second with the same symbol, if there is one."""
+    """Map rows of the first CTC head to those of the second with the same symbols, omitting other rows."""
     if first.phonemes is None or second.phonemes is None:
         return {row: row for row in range(first.ctc.lm_head.out_features)} if first.ctc else {}
     rows = {symbol: row for row, symbol in enumerate(second.phonemes.symbols)}

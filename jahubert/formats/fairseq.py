@@ -47,8 +47,8 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-_NEVER = -1e4  # bias for symbols that only fairseq needs, whose probabilities thereby become exactly zero
-_WRAPPED = "w2v_encoder.w2v_model."  # prefix of the pretrained model inside a fine-tuned one
+_NEVER = -1e4  # bias of symbols that only fairseq needs; it makes their probabilities exactly zero
+_WRAPPED = "w2v_encoder.w2v_model."  # prefix of pretrained tensors in a fine-tuned model
 _FINAL_DIM = 256  # output width of a newly initialized projection
 _NAMES = [
     (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
@@ -167,7 +167,7 @@ def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any],
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))
     if not isinstance(settings, dict):
         raise CheckpointError(
-            f"{path}: fairseq weights without settings (cfg or args); use the complete checkpoint"
+            f"{path}: contains fairseq weights, but no settings (cfg or args); use the complete checkpoint"
         )
     # Older files have one flat Namespace with the settings of model and task.
     model: dict[str, Any] = settings
@@ -273,7 +273,7 @@ def _take_head(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Remove the pretraining head from `inner`, and return UnitHead's tensors and the special rows.
 
-    Nothing is returned for a head that is incomplete or not supported.
+    The result is ({}, None) if there is no head, or if it is incomplete or not supported.
     """
     table = inner.pop("label_embs", None)  # codebook in the oldest files
     table = inner.pop("label_embs_concat", table)
@@ -301,7 +301,7 @@ def _take_head(
 
 
 def _unit_order(symbols: list[str], n_units: int) -> list[int]:
-    """Return the codebook row of each unit. Lines in a dictionary may be sorted by frequency."""
+    """Return the codebook row of each unit, as dictionaries may be sorted by frequency instead of by unit."""
     rows = {symbol: row for row, symbol in enumerate(symbols)}
     names = [str(unit) for unit in range(n_units)]
     if len(symbols) == n_units and all(name in rows for name in names):
@@ -334,10 +334,10 @@ def write_fairseq(
     unit_head: UnitHead | None = None,
     special_rows: Tensor | None = None,
 ) -> list[str]:
-    """Write the checkpoint for a pretrained model or, with `ctc`, for a fine-tuned model.
+    """Write the checkpoint of a pretrained model or, with `ctc`, of a fine-tuned model.
 
     Returns:
-        One sentence per change to the model.
+        One message per change to the model.
 
     Raises:
         CheckpointError: fairseq cannot represent the model.

@@ -30,7 +30,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
         raise MissingExtraError("huggingface_hub", "hub") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
-        if not list(folder.glob("*.safetensors")):  # .bin files are large
+        if not list(folder.glob("*.safetensors")):  # .bin files are large, and only needed in this case
             folder = Path(snapshot_download(name, allow_patterns=list(_BIN_FILES)))
         return folder
     except Exception as error:  # Hub errors have no common base class

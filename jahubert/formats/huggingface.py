@@ -1,8 +1,8 @@
 """Reader and writer for Hugging Face HuBERT folders with configuration, weights and vocabulary.
 
 Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
-tensor names. The reader removes the prefix `hubert.` of an encoder under a head, and converts the older names
-of weight norm tensors.
+tensor names as Hugging Face. The reader removes the prefix `hubert.`, which encoder tensors have in a model
+with a head, and converts the older names of weight norm tensors.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
         fields: values of HubertConfig fields that have no Hugging Face key, if known.
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not belong to a HuBERT model.
+        CheckpointError: a file is missing or damaged, or does not belong to a HuBERT model.
     """
     settings = read_json(folder / CONFIG)
     if settings.get("model_type") != "hubert":
@@ -148,8 +148,8 @@ def vocabulary(phonemes: PhonemeSet) -> dict[str, int]:
 def tokenizer_config(phonemes: PhonemeSet) -> dict[str, Any] | None:
     """Return the content of tokenizer_config.json, or None if the default tokenizer for HuBERT is suitable.
 
-    The default tokenizer joins the symbols of a word. Phones, which can have several characters, then become
-    ambiguous; the phoneme tokenizer separates all symbols by spaces.
+    The default tokenizer joins the symbols of a word, which is ambiguous for phones, because a phone can have
+    several characters. The phoneme tokenizer separates all symbols with spaces.
     """
     if not phonemes.are_phones:
         return None
@@ -197,8 +197,8 @@ def _config_fields(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _read_symbols(folder: Path, settings: dict[str, Any], n_rows: int) -> PhonemeSet | None:
     """Read the symbols of a CTC head in row order, or return None if the folder has no vocabulary.
 
-    The blank is the row `pad_token_id` in config.json, whatever its name. The word delimiter is taken from
-    tokenizer_config.json. A row that has no name in the vocabulary is named after its number.
+    The blank is the row with the index `pad_token_id` from config.json, whatever its name. The word delimiter
+    is taken from tokenizer_config.json. A row that has no name in the vocabulary is named after its index.
     """
     path = folder / VOCABULARY
     if not path.is_file():

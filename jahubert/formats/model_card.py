@@ -65,7 +65,7 @@ def _yaml_header(name: str, info: dict[str, Any], has_ctc: bool) -> str:
     if base_model := finetuning.get("base_model"):
         lines.append(f"base_model: {json.dumps(base_model)}")
     values = {key: finetuning.get("metrics", {}).get(key) for key in _METRICS}
-    if "|" not in json.dumps(info.get("phonemes")):  # both metrics equal the CER without word boundaries
+    if "|" not in json.dumps(info.get("phonemes")):  # without word boundaries, both metrics are the CER
         values = {"cer": values["per"]}
     measured = {kind: value for kind, value in values.items() if isinstance(value, (int, float))}
     if measured:

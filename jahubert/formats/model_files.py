@@ -19,7 +19,7 @@ LANGUAGE_MODEL = "language_model.arpa.gz"
 
 
 def weight_index(folder: Path) -> Path | None:
-    """Return the index of the weights of a Hugging Face folder, or None if they are not in shards."""
+    """Return the file that lists the weight shards of a Hugging Face folder, or None without shards."""
     if any((folder / name).exists() for name in (SAFE, BIN)):
         return None
     indices = (folder / f"{name}.index.json" for name in (SAFE, BIN))

@@ -1,4 +1,4 @@
-"""ONNX export of a graph that maps one recording of any length to log-probabilities or all layers."""
+"""ONNX export of a graph that maps a recording to log-probabilities or to the outputs of all layers."""
 
 from __future__ import annotations
 

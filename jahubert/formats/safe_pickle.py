@@ -3,8 +3,8 @@
 A pickle is a program that can call any function of any package, run for exponential time, and declare sizes
 larger than the file. This reader calls only OrderedDict and the constructors defined in this module. Tensors
 are views of bytes read from the file. Objects of known packages (such as settings of argparse and
-omegaconf, and dictionaries of fairseq) become inert records, and everything else is rejected. Time and memory
-are limited by the number of instructions and by the file size.
+omegaconf, and dictionaries of fairseq) become inert records, and objects of all other packages are rejected.
+Limits on the number of instructions, and on sizes relative to the file size, bound time and memory.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Stored:
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file written by `torch.save`, in which tensors become `Stored` and foreign objects `Record`.
+    """Read a file written by `torch.save`, converting tensors to `Stored` and foreign objects to `Record`.
 
     Raises:
         CheckpointError: the file is damaged, too complex, in an unknown format, or refers to a class or
@@ -283,7 +283,7 @@ class _Dispatch(dict[Any, Any]):
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickler that is limited to containers, numbers, strings, records and descriptions of tensors.
+    """Unpickler that is limited to containers, numbers, strings, records and references to tensors.
 
     Args:
         path: path of the file, for error messages.
@@ -314,7 +314,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             return Record
         raise CheckpointError(
             f"{self.path}: the file refers to {quote(full)}, which is not allowed, because opening it with "
-            "torch.load could run malicious code. Nothing was run; ask for the weights as safetensors"
+            "torch.load could run malicious code. Nothing was run; ask the author for a safetensors file"
         )
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -338,7 +338,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return data
 
     def call(self, function: Any, args: Any) -> Any:
-        """Create an object by calling `function`, which `find_class` returned."""
+        """Create an object by calling `function`, which must be a result of `find_class`."""
         if function is Record:
             record = Record()
             record.args = tuple(args)  # `tuple` does not copy a tuple, which may be large and shared

@@ -1,8 +1,8 @@
 """Raw contents of model files, and checks of tensors and configuration that all formats share.
 
 Every reader converts a file to a `RawModel`: a `HubertConfig` and tensors under Hugging Face's names, which
-this package also uses. Each other format has a function that maps these tensor names to its own names, for
-its reader, its writer and error messages.
+this package also uses. Each of the other formats has a function that maps these tensor names to its own
+names, for its reader, its writer and error messages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RawModel:
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # one sentence per change to the model
+    notes: list[str] = field(default_factory=list)  # one message per change to the model
 
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def fields_from_shapes(
             n += 1
         if n > limit(most):
             raise CheckpointError(
-                f"{where}: {n} layers {name.format('N')}, but at most {limit(most)} are allowed; {ADVICE}"
+                f"{where}: there are {n} layers with a tensor {name.format('N')}, but at most {limit(most)} "
+                f"are allowed; {ADVICE}"
             )
         return n
 
@@ -336,7 +337,7 @@ def new_mask_embedding(width: int) -> Tensor:
 
 
 def portable_state(model: HubertModel, target: str, notes: list[str]) -> dict[str, Tensor]:
-    """Return the encoder tensors for fairseq or torchaudio, and append to `notes` what is changed.
+    """Return the encoder tensors for fairseq or torchaudio, and append a message to `notes` for each change.
 
     Raises:
         CheckpointError: the target would compute different outputs with these weights.

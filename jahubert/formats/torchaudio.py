@@ -1,7 +1,7 @@
 """Reader and writer for torchaudio HuBERT state dicts.
 
-torchaudio stores the settings of models in code and not in files. The writer therefore adds a JSON file, with
-the same name except for the suffix, that contains the call that builds the model.
+torchaudio stores the settings of models in code and not in files. The writer therefore adds a JSON file that
+contains the call that builds the model. The names of the two files differ only in the suffix.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def write_torchaudio(
     """Write a state dict, and a JSON file with the call that builds the model.
 
     Returns:
-        One sentence per change to the model.
+        One message per change to the model.
 
     Raises:
         CheckpointError: torchaudio cannot represent the model.

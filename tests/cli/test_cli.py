@@ -182,7 +182,7 @@ def test_status_rejects_a_folder_without_stages(tmp_path, capsys):
         (["transcribe", "-", "-", "--model", "{bundle}"], "only once"),
         (
             ["transcribe", "data", "data/a.wav", "--model", "{bundle}", "-o", "out"],
-            "would both write out/a.txt",
+            "would both be written to out/a.txt",
         ),
         (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav"], "is a file"),
         (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav/out"], "data/a.wav is a file"),
@@ -262,7 +262,7 @@ def test_progress_escapes_control_characters_of_file_names(bundle, folder, capsy
 def test_recording_given_twice_is_rejected(bundle, folder, capsys, command):
     twice = "data/a.wav"  # the same object, as for an interned string
     assert main([command, "--model", bundle, "-o", "out", twice, twice]) == 2
-    assert "would both write" in capsys.readouterr().err and not Path("out").exists()
+    assert "would both be written" in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_progress_is_updated_within_a_long_recording(bundle, tmp_path, capsys, monkeypatch):
