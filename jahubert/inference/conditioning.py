@@ -23,9 +23,9 @@ _RANGE = 20.0  # frames more than this many dB below the loudest frame are pause
 _MAINS = (50.0, 60.0)  # mains frequencies in Hz
 _MAX_HUM = 250.0  # maximum frequency of a harmonic in Hz
 _TOLERANCE = 0.005  # maximum relative deviation from the mains frequency
-_MIN_SHARE = 0.2  # a line is hum if it has at least this share of the power below _CUTOFF in quiet parts
+_MIN_SHARE = 0.2  # minimum share of a line of hum in the power below _CUTOFF in quiet parts
 _CUTOFF = 270.0  # upper end of the searched band in Hz
-_MAX_LINES = 5  # maximum number of hum lines
+_MAX_LINES = 5  # maximum number of spectral lines of hum
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
 _TAPS = 64  # length of the low-pass filter (a Hann window) before downsampling
 _LONG = 4.0  # seconds; in longer recordings, amplitude and phase may drift
@@ -130,7 +130,7 @@ def _fit(
 
     Args:
         low_N: the downsampled waveform.
-        equalized_N: `_equalize` of the downsampled waveform, in which harmonics are searched.
+        equalized_N: result of `_equalize` for the downsampled waveform, in which harmonics are detected.
         weight_N: weight of each value in the fit.
         position_N: position of each value in the original waveform.
         n_samples: length of the original waveform.

@@ -57,7 +57,7 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
             f"frame counts {counts} do not match log-probabilities of shape {tuple(logp_BSV.shape)}"
         )
     if not 0 <= blank < n_symbols:
-        raise ValueError(f"blank is {blank}, but must be the index of one of the symbols ({n_symbols})")
+        raise ValueError(f"blank is {blank}, but must be the index of one of the {n_symbols} symbols")
     bad_BS = logp_BSV.isnan().any(-1)
     if bool(bad_BS.any()):
         for row, n in enumerate(counts):
@@ -107,7 +107,7 @@ def beam_search(
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so a sequence is
     scored by its CTC probability and not by its best path. With a sufficiently wide beam and without
     `fusion`, the score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half
-    precision is converted to float32). Each frame takes a few tensor operations on (rows, beam, symbols), so
+    precision is converted to float32). Each frame takes a few operations on tensors (rows, beam, symbols), so
     a row takes several times less time in a batch of 16 or more rows than alone.
 
     Args:

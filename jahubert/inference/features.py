@@ -32,15 +32,17 @@ class LayerFeatures(nn.Module):
 
     Args:
         model: the encoder, which remains in its current mode (train or eval).
-        layer: number of the block, counted from 1, whose output is returned (`hidden_states[layer]` in
-            Hugging Face and s3prl); 0 is the input of block 1. A sequence selects several layers, and "all"
-            selects 0 to the last. By default, the output of the encoder is returned, which, unlike that of
-            the last block, includes the closing norm of pre-norm models.
+        layer: number of the block, counted from 1, whose output is returned; 0 is the input of block 1. A
+            sequence selects several layers, and "all" selects 0 to the last. By default, the output of the
+            encoder is returned, which, unlike that of the last block, includes the closing norm of pre-norm
+            models. The number is the index in `hidden_states` of Hugging Face and s3prl, where the last
+            entry includes the closing norm.
         weights: one factor per layer, or "learn" for a learned softmax, which is uniform at initialization.
             By default, layers are stacked and not summed.
 
     Raises:
-        ConfigError: the model lacks a layer, the sequence of layers is empty, or the weights do not match it.
+        ConfigError: the model lacks a layer, the sequence of layers is empty, or the weights do not match
+            the layers.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class FeatureExtractor:
         Args:
             audio: files or arrays.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
-            batch_seconds: seconds of audio at which a batch is complete; 32 recordings also complete it.
+            batch_seconds: seconds of audio at which a batch is complete. A batch has at most 32 recordings.
             errors: "return" yields the exception for a failed recording in its place and continues.
         """
         waiting: list[Tensor | Exception] = []
@@ -270,7 +272,7 @@ class UnitExtractor:
     """Unit extractor: `units("a.wav")` returns the index of the nearest centroid per frame, int64 (frames,).
 
     Args:
-        features: feature extractor for the layer to which the centroids belong.
+        features: feature extractor for the layer whose output was clustered.
         centroids_KD: k-means centroids.
 
     Raises:
@@ -296,8 +298,8 @@ class UnitExtractor:
         """Create a unit extractor from a loaded bundle. Error messages show `name`."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
-                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids (stage "
-                "label writes one), or extract features with FeatureExtractor"
+                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids, which the "
+                "stage label writes, or extract features with FeatureExtractor"
             )
         return cls(FeatureExtractor(bundle.model, bundle.centroid_layer, **options), bundle.centroids_KD)
 

@@ -125,9 +125,9 @@ class SymbolFusion(Fusion):
         share = _unigram_share(model, self.word_C)
         if share < 0.5:
             raise DataError(
-                f"the symbols of the CTC head, such as {quote(names[0])}, have only {100 * share:.0f} % of "
-                "the unigram probability of the language model; train it on text in these symbols (a "
-                "word-level model needs a lexicon)"
+                f"the symbols of the CTC head, such as {quote(names[0])}, account for only "
+                f"{100 * share:.0f} % of the unigram probability of the language model; train it on text in "
+                "these symbols (a word-level model needs a lexicon)"
             )
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
@@ -244,7 +244,8 @@ class LexiconFusion(Fusion):
             self.model_word_W = model.word_ids(self.words)
             if not any(word in model.index for word in self.words):
                 raise DataError(
-                    "the language model contains none of the lexicon's words; use an n-gram of these words"
+                    "the language model contains none of the lexicon's words; use an n-gram model trained on "
+                    "text with these words"
                 )
 
             unigram_W, _ = model.score(np.zeros(len(self.words), np.int64), self.model_word_W)
@@ -306,7 +307,7 @@ class LexiconFusion(Fusion):
 
 
 def _unigram_share(model: NGram, word_C: np.ndarray) -> float:
-    """Return the fraction of the unigram probability, without special words, that the given words have."""
+    """Return the share of the given words in the unigram probability of all words but the special ones."""
     special = (model.start_word, model.end_word, model.unknown_word)
     words = np.array([word for word in range(len(model.words)) if word not in special], np.int64)
     if not len(words):

@@ -18,7 +18,7 @@ from jahubert.prefetch import prefetch
 R = TypeVar("R")
 
 PREFETCH = 32  # number of recordings to decode ahead
-MAX_SAMPLES = 600 * SAMPLE_RATE  # decoded samples (10 minutes, 38 MB) above which no recording is read ahead
+MAX_SAMPLES = 600 * SAMPLE_RATE  # number of decoded samples (10 minutes, 38 MB) at which reading ahead pauses
 
 
 def prefetch_audio(
@@ -43,7 +43,7 @@ def read_ahead(
 ) -> Generator[tuple[AudioLike, R], None, None]:
     """Yield recordings in order, each with the result of `read`, which is called in background threads.
 
-    While the results that are read ahead have more than `MAX_SAMPLES` samples, no further recording is read
+    While the results that were read ahead have `MAX_SAMPLES` or more samples, no further recording is read
     ahead. Open streams, FIFOs and devices, which may block, are read when they are reached, in the caller's
     thread.
 
@@ -52,7 +52,7 @@ def read_ahead(
         n_samples: function that returns the number of decoded samples in a result.
     """
     lock = threading.Lock()
-    n_waiting = 0  # number of samples that have been read and not yet reached
+    n_waiting = 0  # number of samples in results that were read ahead and are not yet reached
 
     def count(change: int) -> None:
         nonlocal n_waiting

@@ -35,7 +35,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
-PAUSE_SECONDS = 0.5  # window that selects the clearest pause, at which a long recording is cut
+PAUSE_SECONDS = 0.5  # length of the window for finding the clearest pause, where a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
 PREFETCH = 16  # number of recordings to open ahead; of each, up to 60 s are decoded and kept in memory
 BEAM_ROWS = 32  # number of segments per beam search
@@ -122,7 +122,7 @@ class Transcript:
 
     @property
     def confidence(self) -> float | None:
-        """Expected fraction of correct words, weighted by number of phonemes, or None without words."""
+        """Mean confidence of the words, weighted by their numbers of phonemes, or None without words."""
         if not self.words:
             return None
         lengths = [len(word.phonemes) for word in self.words]
@@ -301,7 +301,8 @@ class Transcriber:
         bounded memory.
 
         Args:
-            audio: files or arrays. The next 16 are taken from an iterator before a transcript is yielded.
+            audio: files or arrays. Up to 16 further items are taken from an iterator before the transcript of
+                an item is yielded.
             sample_rate: sampling rate of arrays in Hz (default: 16,000).
             batch_seconds: seconds of audio at which a batch of short recordings is complete.
             errors: "return" yields the exception for a failed recording in its place and continues.
@@ -480,9 +481,9 @@ class Transcriber:
 def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
     """Rejoin words that were cut between two parts of a recording.
 
-    The rest of such a word is moved to the earlier part, unless it is longer than `MAX_CUT_WORD`. Each part
-    is yielded as soon as the beginning of the next part is known. A part without labels (a long pause) ends
-    the preceding word. With a lexicon, parts consist of complete words and are not changed.
+    The rest of such a word is moved to the earlier part, unless it has more than `MAX_CUT_WORD` labels. Each
+    part is yielded as soon as the beginning of the next part is known. A part without labels (a long pause)
+    ends the preceding word. With a lexicon, parts consist of complete words and are not changed.
     """
     waiting: Decoded | None = None
     for part in decoded:

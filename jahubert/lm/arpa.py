@@ -24,7 +24,7 @@ MAX_ORDER = 20
 _MAX_SKIPPED = 10_000  # maximum number of lines before the header, and of empty lines between sections
 _LN10 = math.log(10.0)
 # Base-10 logarithm that stands for a probability of zero in ARPA files (SRILM). It replaces smaller numbers,
-# such as -inf, because differences and products of infinite scores would be NaN.
+# such as -inf, because differences and products of infinite scores can be NaN.
 _ZERO = -99.0
 _GZIP_MAGIC = b"\x1f\x8b"
 

@@ -31,7 +31,7 @@ def read_lexicon(path: Path, symbols: PhonemeSet) -> list[Entry]:
         word, *spelling = line.split()
         if not spelling:
             raise DataError(
-                f"{path}:{number}: {quote(word)} has no symbols; write them after it, separated by spaces"
+                f"{path}:{number}: {quote(word)} has no symbols; add them after the word, separated by spaces"
             )
         try:
             symbols.encode([spelling])

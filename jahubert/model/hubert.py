@@ -7,7 +7,8 @@ attention masks padding frames, and the positional convolution gets zeros in the
 `jahubert.model.kernels` computes the same function faster on packed frames. The kernels are used wherever
 possible; `kernels.usable` documents the exceptions.
 
-Modules have the names of Hugging Face's `HubertModel`, so that each loads the state dict of the other.
+Modules have the same names as in Hugging Face's `HubertModel`, so that each of the two classes can load the
+state dict of the other.
 
 Shapes: B utterances, T samples, S frames, C conv channels, D model width, H heads, E head width, K taps.
 """
@@ -67,7 +68,7 @@ register_pytree_node(  # torch.export requires this
 
 
 class ConvLayer(nn.Module):
-    """Convolution over time without padding, followed by optional normalization and GELU."""
+    """Convolution over time without padding, optionally with normalization, followed by GELU."""
 
     def __init__(self, dim_in: int, dim: int, kernel: int, stride: int, bias: bool, norm: str | None):
         super().__init__()

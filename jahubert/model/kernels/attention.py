@@ -38,8 +38,8 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
     """Apply the attention layer `module` to packed frames."""
     projections = module.q_proj, module.k_proj, module.v_proj
     if torch.is_grad_enabled():
-        # Queries, keys and values need one product instead of three, and two instead of six in the backward
-        # pass.
+        # With concatenated weights, queries, keys and values need one product instead of three, and two
+        # instead of six in the backward pass.
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
         x_ND = x_ND.to(autocast_dtype(x_ND))  # one cast here replaces a cast in each of the three products
