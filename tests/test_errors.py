@@ -1,4 +1,4 @@
-"""Tests of pickling errors, and of messages that quote long contents."""
+"""Tests that errors can be pickled, and that messages shorten long quoted values."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_to_katakana_keeps_other_characters():
 def test_tofugu_readings_have_phones(shared_data):
     table = shared_data / "tofugu" / "pronunciations.tsv"
     if not table.is_file():
-        pytest.skip("needs the Tofugu words")
+        pytest.skip("needs the Tofugu corpus")
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert len(rows) > 4000

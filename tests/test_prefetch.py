@@ -39,7 +39,7 @@ def test_results_are_in_order_and_computed_ahead():
 
 
 def test_deferred_items_are_computed_when_possible():
-    """Items are computed in the background once they are no longer deferred, and when they are reached."""
+    """Deferred items are computed in the background later, or in the main thread when they are reached."""
     hold, computed = [True], {}
 
     def work(number: int) -> int:
@@ -63,7 +63,7 @@ def test_deferred_items_are_computed_when_possible():
 
 
 def test_deferred_items_precede_new_items():
-    """If there is room for few results, they are those of the next items."""
+    """If only a few results may be stored, they are those of the next items in order."""
     computed: dict[int, threading.Thread] = {}
     taken = 0
 

@@ -215,7 +215,7 @@ def test_interruption_is_quiet(bundle, folder, capsys, monkeypatch):
 
 
 def test_units_of_a_folder_are_computed_in_batches(bundle, folder, capsys, monkeypatch):
-    """The results equal those of single files, and an error affects only its recording."""
+    """The results equal those of single files, and an error affects only the recording that causes it."""
     single = {}
     for path in ("data/a.wav", "data/sub/日本語 名前.flac"):
         assert main(["units", "--model", bundle, path]) == 0
@@ -280,7 +280,7 @@ def test_glob_patterns_are_expanded(bundle, folder, capsys):
     assert out.startswith("data/sub/日本語 名前.flac\t") and out.count("\n") == 1
     assert "*.mp3: no file matches" in err
     Path("odd[1].wav").write_bytes(Path("data/a.wav").read_bytes())
-    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # this file exists and is not a pattern
+    assert main(["transcribe", "--model", bundle, "odd[1].wav"]) == 0  # the name of a file is not a pattern
     assert "\t" not in capsys.readouterr().out
 
 
@@ -356,7 +356,7 @@ def test_head_reads_the_first_line_and_ends_the_command(bundle, folder):
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("audio\tstart") and done.stdout.count("\n") == 1
-    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if head ended after all output
+    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if head ended after the last output
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
@@ -407,7 +407,7 @@ def test_unusable_names_are_reported_and_the_rest_is_processed(bundle, folder, c
     stat = os.stat
 
     def locked(path, *args, **options):
-        if str(path).startswith("locked/"):  # root may read every folder
+        if str(path).startswith("locked/"):  # simulated, because root may read every folder
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return stat(path, *args, **options)
 
@@ -477,7 +477,7 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_fifo(bundle, folder, name):
     with subprocess.Popen(line, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:
             writer = open_for_writing("fifo.wav", process)
-            # Python handles a signal that arrives immediately before a blocking read only after the read.
+            # If a signal arrives immediately before a blocking read, Python handles it only after the read.
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130
@@ -487,15 +487,15 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_fifo(bundle, folder, name):
 
 
 def open_for_writing(fifo: str, reader: subprocess.Popen) -> int:
-    """Open a FIFO as soon as the reader has opened it."""
+    """Open a FIFO for writing as soon as the reader has opened it."""
     for _ in range(1200):
         assert reader.poll() is None
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
-            assert error.errno == errno.ENXIO  # there is no reader
+            assert error.errno == errno.ENXIO  # the FIFO has no reader yet
             time.sleep(0.05)
-    raise TimeoutError(fifo)
+    raise TimeoutError(f"{fifo} was not opened for reading")
 
 
 def test_file_name_that_starts_with_a_dash_is_explained(bundle, folder, capsys):
@@ -506,7 +506,7 @@ def test_file_name_that_starts_with_a_dash_is_explained(bundle, folder, capsys):
 
 
 def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root can write to read-only folders
+    monkeypatch.setattr("os.access", lambda *_: False)  # simulated, because root may write everywhere
     assert main(["transcribe", "--model", bundle, "-o", "out", "data"]) == 2
     err = capsys.readouterr().err
     assert "no permission to write" in err and err.count("\n") == 1
@@ -540,7 +540,7 @@ def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
 
 
 def test_help_takes_less_than_half_a_second():
-    """The test takes the fastest of five runs, because other processes may slow down some of them."""
+    """One of five runs must be fast, because other processes may slow down some of the runs."""
     seconds = []
     for _ in range(5):
         started = time.perf_counter()

@@ -70,7 +70,7 @@ def test_fish_completes_every_argument(line, completed, tmp_path):
     assert [candidate.split("\t")[0] for candidate in done.stdout.splitlines()] == [completed], done.stderr
 
 
-# Start of each interactive shell, without the user's files.
+# Commands that start each shell interactively without the user's files and load the completion script.
 INTERACTIVE = {
     "zsh": (["zsh", "-f", "-i"], 'autoload -Uz compinit; compinit -u -D; eval "$(cat script)"'),
     "tcsh": (["tcsh", "-f"], "source ./script"),
@@ -102,7 +102,7 @@ def test_interactive_shell_completes_every_argument(shell, line, completed, tmp_
             stdout=terminal.slave,
             stderr=terminal.slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the controlling terminal
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # sets the controlling terminal
         )
         try:
             os.write(terminal.master, f"{setup}; echo rea''dy\n".encode())

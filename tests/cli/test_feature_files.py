@@ -38,7 +38,7 @@ def test_features_of_several_layers_match_the_python_api(bundle, folder, capsys)
 
 
 def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, capsys, monkeypatch):
-    """Complete files are kept, while missing and partial files, and changed recordings, are written."""
+    """Complete files are kept. Missing files, partial files and files of changed recordings are written."""
     run = ["features", "--model", bundle, "-o", "out", "data"]
     assert main(run) == 0
     first, second = Path("out/a.npy"), Path("out/sub/日本語 名前.npy")
@@ -47,7 +47,7 @@ def test_interrupted_features_are_continued_and_never_mixed(bundle, folder, caps
     assert main(run) == 0
     assert "1 of 2 recordings" in capsys.readouterr().err
     assert first.read_bytes() == b"kept as it is" and np.load(second).shape[1] == 16
-    os.utime("data/a.wav", (1, 1))  # replaced by an older file
+    os.utime("data/a.wav", (1, 1))  # simulates a replacement by an older file
     assert main(run) == 0
     assert np.load(first).shape[1] == 16
     soundfile.write("data/a.wav", np.ones(8_000) * 0.1, 16_000)
@@ -141,7 +141,7 @@ def test_features_of_standard_input_are_kept_apart_from_those_of_files(bundle, f
     for _ in range(2):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(wav)))
         assert main([*run, "-"]) == 0
-        assert np.load("out/stdin.npy").shape[1] == 16  # the second time, computed again
+        assert np.load("out/stdin.npy").shape[1] == 16  # computed again in the second run
         Path("out/stdin.npy").write_bytes(b"old")
     assert main([*run, "stdin.wav"]) == 2
     assert "out/stdin.npy" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Test that the commands process folders of mixed real files completely and name the unusable ones."""
+"""Test that the commands process all usable audio files of a mixed folder and name the unusable ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fixtures.sounds import syllables
 from jahubert.cli.main import main
 from jahubert.frames import HUBERT
 
-RATE = 48_000  # all formats of the test support it
+RATE = 48_000  # a rate that all formats in this test support
 SECONDS = 2.0
 
 

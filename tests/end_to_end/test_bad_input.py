@@ -307,7 +307,7 @@ def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypa
     after = files(copy / folder)
     names = [[name for name in made if not name.startswith("tensorboard/")] for made in (after, before)]
     assert names[0] == names[1]
-    for name in before:  # all other files contain timestamps
+    for name in before:  # other files may contain timestamps
         if name.endswith((".arrow", ".npy", ".safetensors", "scores.json", "test.jsonl")):
             assert after[name] == before[name], name
 
@@ -375,7 +375,7 @@ def test_out_of_memory_error_names_a_setting(capsys, copy, monkeypatch, stage):
         message = rejected(capsys, copy, stage)
     assert message.startswith(f"{stage}: CUDA out of memory. Tried 2 GiB. 1.00 GiB is free. ")
     assert advice in message
-    succeed(capsys, copy, stage, *smaller)  # the same folder can be used
+    succeed(capsys, copy, stage, *smaller)  # the folder remains usable
 
 
 def test_error_in_one_process_is_printed_once(whole, tmp_path):

@@ -11,5 +11,5 @@ from fixtures.checks import run_check
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
 def test_stages_and_commands_recover_from_faults():
-    """The test makes two trials per task, because the complete sweep takes hours, and no export to ONNX."""
+    """The test makes two trials per task and omits the ONNX export, because the whole sweep takes hours."""
     run_check("fault_sweep.py", "--points", "2", "--omit", "convert onnx")

@@ -134,7 +134,7 @@ def fill(out: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mount a file system of 512 kB."""
+    """Mount a file system of 512 KiB."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs permission to mount a tmpfs")
@@ -149,7 +149,7 @@ def test_full_disk_during_a_checkpoint_keeps_the_previous_one(small_disk):
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_0000004"]
     (small_disk / "other.bin").unlink()
     module, data, config = make_training("toy")
-    train(module, data, replace(config, max_steps=8), small_disk)  # resumes
+    train(module, data, replace(config, max_steps=8), small_disk)  # resumes the run
     assert (small_disk / "checkpoints" / "step_0000008").is_dir()
 
 

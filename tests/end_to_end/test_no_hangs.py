@@ -1,4 +1,4 @@
-"""Tests that no run waits forever, with full shared memory, late data, and stopped or orphaned processes.
+"""Tests that no run waits forever if shared memory is full, data is late, or processes stop or are orphaned.
 
 The tests also run this file as a script with the arguments `KIND FOLDER [WORKERS]` (see `main`).
 """
@@ -40,7 +40,7 @@ class LargeBatch(Batch):
 
 
 class LargeData(Data):
-    """Data source whose micro-batches take 200 kB of shared memory, so that a few fill a small /dev/shm."""
+    """Data source whose micro-batches take 200 kB of shared memory each. A few fill a small /dev/shm."""
 
     def load(self, micro):
         return LargeBatch(super().load(micro).x_BD, torch.zeros(50_000))
@@ -58,7 +58,7 @@ class FillingData(LargeData):
 
 
 class LateData(Data):
-    """Data source that blocks after step 5 until the file `out/resume` exists."""
+    """Data source that blocks in the second epoch until the file `out/resume` exists."""
 
     def __init__(self, out: Path):
         super().__init__()
@@ -193,7 +193,7 @@ class Stopping(Data):
 
 
 class Announcing(LateData):
-    """Data source that writes the process ID of each rank in the second step."""
+    """Data source that writes the process ID of its rank to a file in the third step, where rank 1 blocks."""
 
     def load(self, micro):
         if micro.index >= 4:

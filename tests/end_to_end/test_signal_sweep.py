@@ -10,5 +10,5 @@ from fixtures.checks import run_check
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_every_stage_stops_while_reading_and_resumes():
-    """Each stage receives one signal, SIGTERM or SIGINT in turn."""
+    """The stages receive one signal each, alternately SIGTERM and SIGINT."""
     run_check("signal_sweep.py", "--in-turn")

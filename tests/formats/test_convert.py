@@ -71,7 +71,7 @@ def test_round_trips_are_bit_equal(tmp_path, kind, to, what):
 
 
 def test_fairseq_file_is_bit_equal_after_a_round_trip(tmp_path, kind, dictionary):
-    """A round trip through a bundle keeps special rows, codebook and projection."""
+    """A round trip through a bundle keeps the projection and the codebook, including its special rows."""
     model = model_of(KINDS[kind])
     state, *_ = fairseq_state(model)
     settings, task = fairseq_settings(model.config)

@@ -250,7 +250,7 @@ def train_briefly(out: Path, device: torch.device | str) -> dict[str, Tensor]:
 
 def test_additional_micro_batches_do_not_synchronize(device, tmp_path):
     if device.type == "cuda":
-        pytest.skip("counts the synchronizations of the simulated device")
+        pytest.skip("the test counts synchronizations of the simulated device")
     from fixtures.fake_device import SYNCS
 
     n_parts, n_syncs = [], []
@@ -271,7 +271,7 @@ def test_resumed_training_equals_that_on_the_cpu(device, tmp_path):
     expected = train_briefly(tmp_path / "cpu", "cpu")
     for name, value in train_briefly(tmp_path / "device", device).items():
         assert_close(value, expected[name])
-    shutil.rmtree(tmp_path / "device" / "checkpoints" / "step_0000006")  # as if killed before this step
+    shutil.rmtree(tmp_path / "device" / "checkpoints" / "step_0000006")  # as after a kill
     for name, value in train_briefly(tmp_path / "device", device).items():
         assert_close(value, expected[name])
 

@@ -311,7 +311,7 @@ print(frames, next(line.split()[1] for line in open("/proc/self/status") if line
 def test_input_of_the_first_block_does_not_depend_on_chunks():
     """The layers before the first block depend on a few frames. Only attention depends on the whole chunk.
 
-    The positional convolution depends on 64 frames on each side, fewer than in half an overlap of chunks.
+    The positional convolution depends on 64 frames on each side, less than half the overlap of two chunks.
     """
     torch.manual_seed(0)
     config = HubertConfig(

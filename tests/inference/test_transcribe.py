@@ -113,7 +113,7 @@ def test_silence_and_too_short_audio_give_no_words():
 def test_long_recordings_keep_words_and_times():
     sentence = "- k o - N n i - ch i w a | " + "s - e k a - i - | " + "- " * 40
     n = len(sentence.split())
-    transcript = Planted().transcribe(speech(sentence, repeat=60))  # 69 s
+    transcript = Planted().transcribe(speech(sentence, repeat=60))  # 74 s
     assert len(transcript.words) == 120
     assert [word.kana for word in transcript.words[:2]] == ["コンニチワ", "セカイ"]
     assert {word.kana for word in transcript.words} == {"コンニチワ", "セカイ"}
@@ -123,7 +123,7 @@ def test_long_recordings_keep_words_and_times():
 
 def test_segments_are_reported_before_the_transcript():
     sentence = "- k o - N n i - ch i w a | " + "- " * 40
-    long = speech(sentence, repeat=80)  # 83 s
+    long = speech(sentence, repeat=80)  # 85 s
     segments: list[TranscriptSegment] = []
     transcripts = Planted().transcribe_many([speech("a -"), long], on_segment=segments.append)
     first = next(transcripts)

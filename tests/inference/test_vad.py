@@ -84,7 +84,7 @@ def test_missing_speech_is_reported_unless_the_audio_is_silent(caplog):
         assert asr.transcribe(nonspeech("white noise", seconds)).text == ""
         assert len(caplog.messages) == 1 and "no speech" in caplog.messages[0]
     caplog.clear()
-    asr.transcribe(0.1 * torch.ones(320))  # shorter than a frame: other settings would not help
+    asr.transcribe(0.1 * torch.ones(320))  # shorter than a frame, so other settings would not help
     assert len(caplog.messages) == 1 and "no speech" not in caplog.messages[0]
     caplog.clear()
     asr.transcribe(torch.zeros(16_000))

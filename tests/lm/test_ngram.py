@@ -51,7 +51,7 @@ def random_text(seed: int, n_sentences: int, n_words: int = 12) -> list[list[str
 
 
 class DirectKneserNey:
-    """Reference implementation of interpolated modified Kneser-Ney with dictionaries."""
+    """Reference implementation of interpolated modified Kneser-Ney smoothing that uses dictionaries."""
 
     def __init__(self, sentences: list[list[str]], order: int):
         padded = [(START, *sentence, END) for sentence in sentences]

@@ -462,7 +462,7 @@ def test_default_device_does_not_change_the_result(context):
     ],
 )
 def test_hook_for_all_modules_switches_kernels_off_in_every_version_of_torch(model, register, monkeypatch):
-    """torch 2.6 has the dictionaries of hooks but not the function that reads them all."""
+    """torch 2.6 has the same dictionaries of global hooks, but not the function that checks all of them."""
     monkeypatch.delattr(nn.modules.module, "_has_any_global_hook", raising=False)
     assert kernels.usable(model)
     handle = register(lambda *_: None)

@@ -28,7 +28,7 @@ def pair(request) -> tuple[HubertForCtc, HfForCtc]:
     torch.manual_seed(0)
     model = HubertForCtc(config, SYMBOLS).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # the initial norms and biases have no effect
+        if "norm" in name or "bias" in name:  # these are ones or zeros by default
             parameter.data += 0.1 * torch.randn_like(parameter)
     with torch.device("meta"):
         reference = HfForCtc(

@@ -264,11 +264,11 @@ def test_killed_run_is_resumed(whole, tmp_path):
 @pytest.mark.stack
 def test_best_weights_are_kept(tmp_path):
     config = replace(CONFIG, valid_every=1)
-    best = "accuracy"  # `best` is minimized, so that the best step comes early
+    best = "accuracy"  # `best` is minimized, so the best step comes early
     wanted, metrics = train_model("torch", tmp_path / "torch", config=config, best=best)
     assert metrics["best_step"] < 6
     train_model("fairseq2", tmp_path / "ours", config=config, best=best, stop_at=4)
-    for _ in range(2):  # the second run finds a finished one
+    for _ in range(2):  # the second call finds a finished run
         state, result = train_model("fairseq2", tmp_path / "ours", config=config, best=best)
         assert same(state, wanted) and result == pytest.approx(metrics)
     assert_close_metrics(tmp_path / "ours", tmp_path / "torch")

@@ -61,7 +61,7 @@ def theirs(config: HubertConfig, ours: HubertModel):
         encoder_layer_drop=0.0,
         aux_num_out=None,
     ).eval()
-    model.load_state_dict(renamed(ours))  # strict
+    model.load_state_dict(renamed(ours))  # loading is strict
     return model
 
 

@@ -30,12 +30,12 @@ def load_torchaudio_model(path):
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     factory = getattr(torchaudio.models, settings["factory"].rpartition(".")[2])
     model = factory(**settings["arguments"]).eval()
-    model.load_state_dict(torch.load(path, weights_only=True))  # strict
+    model.load_state_dict(torch.load(path, weights_only=True))  # loading is strict
     return model
 
 
 def waveforms(config: HubertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return noise as input for this package and for torchaudio, which expects it normalized."""
+    """Return noise as input for this package and, normalized if the config says so, for torchaudio."""
     wav_BT = 0.1 * torch.randn(2, 16_000)
     return wav_BT, torch.stack([F.layer_norm(w, w.shape) for w in wav_BT]) if config.normalize else wav_BT
 

@@ -66,7 +66,7 @@ def test_speed_changes_length_and_pitch(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[Utterance]:
-    """Prepare a synthetic corpus of 40 words in two voices and one sentence."""
+    """Prepare a synthetic corpus of one sentence, and of 40 words in two voices."""
     root = tmp_path_factory.mktemp("corpus")
     ogg = root / "lib" / "ogg"
     ogg.mkdir(parents=True)

@@ -91,7 +91,7 @@ def test_command_of_the_readme_prepares_targets(usb, tmp_path, capsys):
     store = TargetStore(tmp_path / "targets")
     for row in store.labeled_rows:
         assert tuple(store.words(row)) == manifest[row].words
-    # The utterances last one second, which is too short for the phones of some of them.
+    # Some utterances may be too short for the phones of their words.
     assert len(store.labeled_rows) > 10
     capsys.readouterr()
     assert run.main([*command, "subset=core", "stage=prepare"]) == 2

@@ -274,7 +274,7 @@ def test_release_with_only_an_unusable_recording_ends_the_run(tmp_path):
 
 
 def test_parquet_shards_equal_tar_shards(tmp_path, monkeypatch):
-    """Parquet files from the Hub give the same utterances, and a second run converts only changed files."""
+    """Parquet files as on the Hub give the same utterances, and a second run converts only changed files."""
     release = Release(tmp_path / "corpus", shards=3, rows=6)
     data = release.write_parquet()
     options = {"dev": 7, "test": 4}

@@ -109,7 +109,7 @@ def test_word_times_match_the_tones(prepared):
         assert len(wave) == item.n_samples == row["words"][-1][1]
         assert len(row["words"]) == len(item.words)
         for start, end in row["words"]:
-            # The 0.2 s of silence around each tone are shortened to about 50 ms.
+            # The silence of 0.2 s around each tone is shortened to about 50 ms.
             assert np.std(wave[start + 960 : end - 960]) > 0.05
             assert np.std(wave[start + 80 : start + 560]) < 0.01
             assert np.std(wave[end - 560 : end - 80]) < 0.01

@@ -173,7 +173,8 @@ def test_window_and_hop_lengths_are_only_in_frames() -> None:
     unknown = {key: line for key, line in numbers.items() if key not in OTHER_NUMBERS}
     stray = [f"{path}:{line} has {n}" for (path, n), line in unknown.items()]
     assert not stray, f"use a FrameGrid, or add the meaning to OTHER_NUMBERS: {stray}"
-    assert not set(OTHER_NUMBERS) - set(numbers), "remove these from OTHER_NUMBERS"
+    unused = set(OTHER_NUMBERS) - set(numbers)
+    assert not unused, f"remove from OTHER_NUMBERS: {unused}"
 
 
 # Paths and addresses that exist only on one machine or network.

@@ -146,7 +146,7 @@ _compose = cache(compose)
 
 def checked(arguments: Sequence[str]) -> list[str]:
     """Return the configuration errors of the stages that a command runs."""
-    overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # Hydra options
+    overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]  # drops Hydra's options
     try:
         jobs.configure_jobs(overrides)
     except ConfigError as error:
@@ -176,7 +176,7 @@ def test_stage_commands_compose(arguments: tuple[str, ...], tmp_path: Path, monk
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
 def test_commands_of_a_page_can_run_in_order(path: Path) -> None:
-    """Outputs that a command reads from an experiment of the page are created by it or an earlier command."""
+    """Before a command reads an output in an experiment of the page, it or an earlier command creates it."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
         tree = compose(list(arguments))
@@ -188,7 +188,7 @@ def test_commands_of_a_page_can_run_in_order(path: Path) -> None:
             for name, read, _ in input_fields(config):
                 if name != "exp" and read.parts[:2] in experiments:
                     is_made = any(folder in (read, *read.parents) for folder in made)
-                    assert is_made, f"{' '.join(arguments)}: no command before it makes {name}={read}"
+                    assert is_made, f"{' '.join(arguments)}: no earlier command creates {name}={read}"
 
 
 @pytest.mark.parametrize("arguments", CLI_LINES, ids=" ".join)

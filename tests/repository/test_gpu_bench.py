@@ -1,4 +1,4 @@
-"""Tests of the GPU benchmark, which runs on a CPU with tiny sizes."""
+"""Tests of the GPU benchmark on a CPU with tiny sizes."""
 
 from __future__ import annotations
 

@@ -108,11 +108,7 @@ def test_plain_install_requires_only_the_core_packages(metadata):
     requires = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name: r for r in requires if "extra" not in str(r.marker)}
     assert set(core) == set(CORE) == set(wheel_check.CORE)
-    for version in (
-        "2.6.0",
-        "2.13.0",
-        "99.0",
-    ):  # there is no upper bound
+    for version in ("2.6.0", "2.13.0", "99.0"):  # there is no upper bound
         assert core["torch"].specifier.contains(version)
     assert not core["torch"].specifier.contains("2.5.1")
     assert {"train", "onnx", "fairseq2"} <= set(metadata.get_all("Provides-Extra"))
@@ -176,7 +172,7 @@ def test_dockerfile_copies_existing_files_that_the_context_includes():
 
 def test_docker_image_has_pinned_versions_and_runs_the_command_without_root():
     instructions = [line for line in (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines() if line]
-    values = dict(line.split(" ", 1) for line in instructions)  # of the last instruction of each kind
+    values = dict(line.split(" ", 1) for line in instructions)  # keeps the last instruction of each kind
     assert int(values["USER"].partition(":")[0]) > 0
     assert json.loads(values["ENTRYPOINT"]) == ["jahubert"]
     assert not values["FROM"].endswith("latest") and ":" in values["FROM"]

@@ -61,7 +61,7 @@ def test_workers_do_not_change_the_features(corpus, kind):
 
 
 def test_copies_are_awaited_on_the_gpu_of_the_tensor(monkeypatch):
-    """The stream of the current GPU, possibly another one, would report the copy as finished too early."""
+    """An event on the stream of another GPU would report the copy as finished too early."""
     gpu, recorded = torch.device("cuda", 1), []
 
     class Event:

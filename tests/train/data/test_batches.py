@@ -23,7 +23,7 @@ LENGTHS = (20_000, 47_777, 33_333, 64_001, 300)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Write a corpus of ramps, where sample t is about t / 100000 and the unit of frame s is s % 200."""
+    """Write ramp signals, in which sample t is about t / 100000 and the unit of frame s is s % 200."""
     folder = tmp_path_factory.mktemp("corpus")
     items = []
     for number, length in enumerate(LENGTHS):

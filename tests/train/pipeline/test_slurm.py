@@ -21,7 +21,7 @@ SCRIPTS = {
 }
 REQUEUE_FUNCTION = re.compile(r"^requeue\(\).*?^}\n", re.S | re.M)
 
-# Some of the options in sbatch(1). sbatch rejects options that it does not have, such as those of srun only.
+# Some of the options in sbatch(1). sbatch rejects unknown options, for example those that only srun has.
 SBATCH = {
     "account", "array", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "dependency", "error",
     "exclude", "exclusive", "gpus-per-node", "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu",

@@ -136,7 +136,7 @@ def planned(settings, corpus=CORPUS, machine=ONE):
 
 
 def test_estimates_match_values_computed_by_hand():
-    """The expected values are computed from the sizes of the model and the corpus in the paper."""
+    """The expected values follow from the model and corpus sizes in the paper and from the machine `ONE`."""
     rows = planned(PAPER)
     assert rows["iter1/features"].disk_bytes == 5e6 * 39 * 4
     assert rows["iter1/label"].disk_bytes == 19_000 * 3600 * 50 + 8 * 12_000_000
@@ -145,7 +145,7 @@ def test_estimates_match_values_computed_by_hand():
     # kernel 3, and 100 and 50 Hz after those with kernel 2. Each weight costs two operations per frame.
     convolutions = 2 * 512 * (3200 * 10 + 512 * (3 * (1600 + 800 + 400 + 200) + 2 * (100 + 50)))
     front_end = convolutions + 2 * 50 * (512 * 768 + 768 * 48 * 128)  # projection, positional convolution
-    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 285 frames in 5.7 s
+    block = 2 * 50 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 285 * 768)  # 5.7 s have 285 frames at 50 Hz
     step = 3 * (front_end + 12 * block)  # a backward pass costs two forward passes
     parameters = 94.4e6
     pretrain = rows["iter1/pretrain"]

@@ -88,7 +88,7 @@ def test_missing_and_damaged_recordings_are_rejected_at_once(recording, delays, 
 
 @pytest.fixture
 def table(recording, tmp_path):
-    """Return the reader of the table recipe for two recordings, one of which is longer than `max_seconds`."""
+    """Return a function that reads two recordings, one of them too long, with the table recipe."""
     noise_T = 0.1 * np.random.default_rng(1).standard_normal(48_000)
     soundfile.write(tmp_path / "long.flac", noise_T, 16_000)
     read, Config = (recipe_reader("table", name) for name in ("prepare", "Config"))
