@@ -298,8 +298,8 @@ class UnitExtractor:
         """Create a unit extractor from a loaded bundle. Error messages show `name`."""
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
-                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids, which the "
-                "stage label writes, or extract features with FeatureExtractor"
+                f"{name} has no centroids, so it cannot extract units; use a bundle with centroids, which "
+                "the stage label writes, or extract features with FeatureExtractor"
             )
         return cls(FeatureExtractor(bundle.model, bundle.centroid_layer, **options), bundle.centroids_KD)
 
