@@ -28,7 +28,7 @@ FORMATS = {  # suffix -> file format and codec
 
 def encode(suffix: str) -> bytes:
     """Encode three seconds of a stereo tone."""
-    av = pytest.importorskip("av", reason="extra media")
+    av = pytest.importorskip("av", reason="needs the extra media")
     fmt, codec = FORMATS[suffix]
     out = io.BytesIO()
     with av.open(out, "w", format=fmt) as container:

@@ -17,7 +17,7 @@ from fixtures.terminal import Terminal
 from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.main import build_parser, main
 
-shtab = pytest.importorskip("shtab", reason="extra completion")
+shtab = pytest.importorskip("shtab", reason="needs the extra completion")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

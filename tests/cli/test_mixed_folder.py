@@ -25,7 +25,7 @@ def encode(samples: np.ndarray, format: str, subtype: str | None = None) -> byte
 
 
 def encode_m4a(samples: np.ndarray) -> bytes:
-    av = pytest.importorskip("av", reason="extra media")
+    av = pytest.importorskip("av", reason="needs the extra media")
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         track = container.add_stream("aac", rate=RATE, layout="mono")

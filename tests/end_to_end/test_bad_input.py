@@ -271,7 +271,7 @@ def test_damaged_record_is_named(capsys, copy):
 
 def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make writes to `path` fail as on a full disk, and return the link to remove afterwards."""
-    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # keeps the link
+    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # it would remove the link
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path if path.name == "tmp_sample.npy" else temporary_path(path)
     link.symlink_to("/dev/full")

@@ -92,7 +92,7 @@ def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each
         os.kill(child.pid, number)
     else:
         os.killpg(child.pid, number)
-    stderr = child.communicate(timeout=30)[1]  # this returns once the last worker has ended
+    stderr = child.communicate(timeout=30)[1]  # returns after the last worker has ended
     assert child.returncode == 75 and number.name in stderr, stderr
     train_model(whole, "toy")
     train_model(stopped, "toy")
@@ -120,7 +120,7 @@ def test_workers_end_when_their_process_is_killed(tmp_path):
 
 
 class KillsWorker(Data):
-    """Data source whose workers are killed in the third epoch, as the kernel does when out of memory."""
+    """Data source whose workers are killed in the third epoch, as by the kernel if memory runs out."""
 
     def load(self, micro):
         if micro.epoch == 2:

@@ -151,7 +151,7 @@ def test_identity_projection_is_left_out_in_fairseq(tmp_path, dictionary):
 @pytest.mark.parametrize("identity", [False, True])
 def test_transformers_computes_the_same_with_equal_widths(tmp_path, dictionary, identity):
     """The model is converted to fairseq's format and back. Hugging Face's model always has a projection."""
-    transformers = pytest.importorskip("transformers", reason="extra dev")
+    transformers = pytest.importorskip("transformers", reason="needs the extra dev")
     model = model_of(replace(KINDS["base"], conv_dims=(48,) * 7))
     if identity:
         model.feature_projection.projection.weight.data = torch.eye(48)

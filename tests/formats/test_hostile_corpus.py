@@ -83,7 +83,7 @@ def one_thread():
     torch.set_num_threads(n_threads)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
 def test_hostile_files_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpus = write_corpus(tmp_path)

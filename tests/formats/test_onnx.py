@@ -59,8 +59,8 @@ def test_exported_module_equals_the_model(bundle):
     indirect=True,
 )
 def test_file_equals_the_model_for_every_length(bundle, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="extra onnx")
-    pytest.importorskip("onnxscript", reason="extra onnx")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
     done = convert(bundle, tmp_path / "model.onnx", "onnx")
     assert done.difference < 1e-4
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -79,7 +79,7 @@ def test_file_equals_the_model_for_every_length(bundle, tmp_path):
 
 
 def test_convert_command_writes_an_onnx_file(tmp_path, capsys):
-    pytest.importorskip("onnxscript", reason="extra onnx")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
     save_bundle(tmp_path / "bundle", model=model_of(next(iter(KINDS.values()))))
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.onnx"), "--to", "onnx"]) == 0
     out, err = capsys.readouterr()

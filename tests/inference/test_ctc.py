@@ -43,7 +43,7 @@ def ctc_score(logp_SV: torch.Tensor, labels, blank: int = 0) -> float:
 
 
 def every_sequence(logp_SV: torch.Tensor, blank: int) -> list[Hypothesis]:
-    """Enumerate all paths, and return every label sequence with its probability."""
+    """Enumerate all paths, and return every label sequence with its log-probability."""
     scores = defaultdict(list)
     n_frames, n_symbols = logp_SV.shape
     values = logp_SV.double().tolist()
@@ -125,7 +125,7 @@ def test_rows_do_not_depend_on_their_batch():
     counts = [17, 40, 0, 33, 1]
     logp = random_logp(len(counts), 40, 9, seed=2, sharpness=2)
     for row, n in enumerate(counts):
-        logp[row, n:] = float("nan")  # this is padding, which must not be read
+        logp[row, n:] = float("nan")  # padding, which must not be read
     for decode in (greedy, lambda x, n: [h for row in beam_search(x, n, beam=6, n_best=4) for h in row]):
         together = decode(logp, torch.tensor(counts))
         separate = [h for row, n in enumerate(counts) for h in decode(logp[row : row + 1, :n], [n])]

@@ -134,7 +134,7 @@ def test_layer_features_is_trainable(model):
     features_BSD.pow(2).sum().backward()
     assert module.mix_L is not None and module.mix_L.grad is not None and module.mix_L.grad.abs().sum() > 0
     assert encoder.encoder.layers[1].attention.q_proj.weight.grad is not None
-    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # this layer is not computed
+    assert encoder.encoder.layers[2].attention.q_proj.weight.grad is None  # layer 3 is not computed
     weights_L = module.weights_L
     assert weights_L is not None and weights_L.tolist() == [0.5, 0.5]
     encoder.eval()

@@ -126,7 +126,7 @@ def test_results_do_not_depend_on_batch_or_cache(symbol_model, word_model, monke
     ):
         together = beam_search(logp, counts, beam=8, fusion=make())
         copied = pickle.loads(pickle.dumps(make()))
-        monkeypatch.setattr(fusion_module, "MAX_CACHED", 0)  # this empties the cache repeatedly
+        monkeypatch.setattr(fusion_module, "MAX_CACHED", 0)  # empties the cache repeatedly
         for row, n in enumerate(counts):
             (alone,) = beam_search(logp[row : row + 1], [n], beam=8, fusion=copied)
             assert [(h.labels, h.words) for h in alone] == [(h.labels, h.words) for h in together[row]]

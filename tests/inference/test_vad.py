@@ -132,7 +132,7 @@ def test_transcripts_of_real_speech_do_not_change(shared_data, name):
 
 
 def test_silero_keeps_only_the_speech_that_it_detects(shared_data):
-    pytest.importorskip("silero_vad", reason="extra vad")
+    pytest.importorskip("silero_vad", reason="needs the extra vad")
     n_threads = torch.get_num_threads()
     wav_T = jahubert.load_audio(sorted((shared_data / "sentences").glob("*.wav"))[0])
     _, builtin_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT)

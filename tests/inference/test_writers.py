@@ -144,7 +144,7 @@ class TestOtherPrograms:
     """Tests that independent parsers can read the written files."""
 
     def test_srt_is_parsed_by_another_program(self, transcript, tmp_path):
-        srt = pytest.importorskip("srt", reason="extra dev")
+        srt = pytest.importorskip("srt", reason="needs the extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["srt"])
         cues = list(srt.parse(path.read_text(encoding="utf-8"), ignore_errors=False))
         parsed = [(c.start.total_seconds(), c.end.total_seconds(), c.content) for c in cues]
@@ -152,7 +152,7 @@ class TestOtherPrograms:
         assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
 
     def test_vtt_is_parsed_by_another_program(self, transcript, tmp_path):
-        webvtt = pytest.importorskip("webvtt", reason="extra dev")
+        webvtt = pytest.importorskip("webvtt", reason="needs the extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["vtt"])
         parsed = [(c.start_in_seconds, c.end_in_seconds, c.text) for c in webvtt.read(path)]
         expected = rounded(writers._cues(transcript.words))
@@ -161,7 +161,7 @@ class TestOtherPrograms:
             assert one[:2] == pytest.approx(other[:2], abs=1.0)  # the parser drops milliseconds
 
     def test_textgrid_is_parsed_by_another_program(self, transcript, tmp_path):
-        praatio = pytest.importorskip("praatio.textgrid", reason="extra dev")
+        praatio = pytest.importorskip("praatio.textgrid", reason="needs the extra dev")
         (path,) = writers.save(transcript, tmp_path / "a", ["textgrid"])
         grid = praatio.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
         words, phones = (grid.getTier(name).entries for name in ("words", "phones"))

@@ -224,7 +224,7 @@ def test_invalid_file_is_rejected_with_its_line(tmp_path, old, new, line):
 
 @pytest.mark.parametrize("zero", ["-99", "-inf", "-1e38", "-1e300"])
 def test_probabilities_of_zero_are_read_as_the_lowest_finite_one(tmp_path, zero):
-    """All of them become -99, as in SRILM, both in probabilities and in back-off weights."""
+    """Probabilities and back-off weights of zero become 1e-99, as in SRILM."""
     path = tmp_path / "zero.arpa"
     text = ARPA.replace("-0.75\tカ\t-0.125", f"{zero}\tカ\t{zero}").replace("-0.25\tア カ", f"{zero}\tア カ")
     path.write_text(text, encoding="utf-8")

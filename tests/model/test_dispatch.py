@@ -400,7 +400,7 @@ def test_copies_compute_the_same(model, wav_BT, copied):
 
 
 class FramesOf(Dataset):
-    """Dataset of the outputs of a model, which a worker process computes."""
+    """Dataset of model outputs that a worker process computes."""
 
     def __init__(self, model: nn.Module, wav_BT: Tensor):
         self.model, self.wav_BT = model, wav_BT

@@ -74,7 +74,7 @@ def test_padding_options_reproduce_hugging_face(config, padding):
     wav_BT = torch.randn(4, 16_000)
     valid_BT = torch.arange(16_000) < torch.tensor(lengths)[:, None]
     mask_BS = torch.rand(4, HUBERT.n_frames(16_000)) < 0.5
-    mask_BS[:, 0] = False  # this is the only frame of the shortest row
+    mask_BS[:, 0] = False  # the only frame of the shortest row
     keep = range(config.layers + (not config.pre_norm))  # the hidden state with the final norm is excluded
     with torch.no_grad():
         actual = model(wav_BT, lengths, mask_BS=mask_BS, keep_layers=keep, padding=padding)

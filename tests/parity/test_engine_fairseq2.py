@@ -209,7 +209,7 @@ def test_activation_checkpointing_and_keep_every(whole, tmp_path):
 
 @pytest.mark.stack
 def test_importing_fairseq2_trainer_first_is_still_a_circular_import():
-    """If this fails, the workaround in the engine can be removed."""
+    """If this test fails, the workaround in the engine can be removed."""
     code = "import soundfile; from fairseq2.trainer import Trainer"
     environment = {name: value for name, value in os.environ.items() if name != "CONDA_PREFIX"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -349,7 +349,7 @@ def test_two_processes_equal_the_torch_engine(whole, tmp_path):
         try:
             status = torchrun.wait(timeout=120)
         except subprocess.TimeoutExpired:
-            torchrun.terminate()  # this also ends its processes, which `kill` would leave running
+            torchrun.terminate()  # also ends its processes, which `kill` would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     wanted = load_file(tmp_path / "torch.safetensors")

@@ -290,7 +290,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
     assert f"{size / 1e6:.1f} MB" in capsys.readouterr().out
-    assert build.main(arguments) == 0  # this replaces the existing model
+    assert build.main(arguments) == 0  # replaces the existing model
     assert sorted(path.name for path in target.parent.iterdir()) == [build.NAME]
 
 

@@ -227,7 +227,8 @@ def test_damaged_members_are_rejected(tmp_path):
     recording = flac(8000)
     release.add(0, name_of(0, 90), b"", "空です")
     release.add(0, name_of(0, 91), b"not audio" * 200, "違います")
-    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")  # only decoding detects this
+    # Only decoding detects that the next recording is truncated.
+    release.add(0, name_of(0, 92), recording[: len(recording) // 2], "途中まで")
     release.add(0, name_of(0, 93), recording, None)
     release.add(0, name_of(0, 0), recording, None)  # a duplicate member name
     release.add(0, name_of(0, 94), flac(4000, 8000), "八キロヘルツ", 8000)
@@ -460,7 +461,7 @@ seconds = time.perf_counter() - started
 started = time.perf_counter()
 opened = len(Manifest(out / "manifest.arrow"))
 opening = time.perf_counter() - started
-# Not getrusage of this process, which includes the memory of its parent before exec.
+# For this process, getrusage is not used, because it includes the memory of the parent before exec.
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 peak = own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps([rows, opened, rows / seconds, opening, peak / 1024**2]))

@@ -227,7 +227,7 @@ def test_full_stack_has_the_pinned_versions() -> None:
     done = python(
         """
         import importlib.metadata as md
-        import soundfile  # before fairseq2, which finds its libsndfile
+        import soundfile  # must precede fairseq2, which then finds soundfile's libsndfile
         import fairseq2, fairseq2.recipe, torch, torchaudio, faiss
         from fairseq2.trainer import Trainer
 

@@ -39,7 +39,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "recipes/*/*.md")
     for path in REPO.glob(pattern)
-    if path.name not in ("LOG.md", "CHANGELOG.md")  # these describe earlier versions
+    if path.name not in ("LOG.md", "CHANGELOG.md")  # these pages describe earlier versions
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 

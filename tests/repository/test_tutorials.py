@@ -110,7 +110,7 @@ def test_every_tutorial_is_listed():
 def test_tutorial_runs(name, tmp_path):
     prepare, leaves = TUTORIALS[name]
     if name == "publish":
-        pytest.importorskip("onnxscript", reason="extra onnx")
+        pytest.importorskip("onnxscript", reason="needs the extra onnx")
     replaced = prepare(tmp_path)
     settings = list(SMALL)
     if name == "reazonspeech":

@@ -74,7 +74,7 @@ def test_silence_reaches_the_floor_of_the_logarithm():
     (actual,) = Mfcc()([torch.zeros(1600)])
     np.testing.assert_allclose(actual[:, 0].numpy(), np.log(2.0**-23) * np.sqrt(23), rtol=1e-5)
     assert actual[:, 1:].abs().max() < 1e-3
-    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # this is silence, because the mean is subtracted
+    (offset,) = Mfcc()([torch.full((1600,), 0.5)])  # a constant is silent, because the mean is subtracted
     torch.testing.assert_close(offset, actual, atol=1e-3, rtol=0)
 
 

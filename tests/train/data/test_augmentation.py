@@ -186,7 +186,7 @@ def test_reverberation_is_aligned_and_keeps_the_power():
     reference = np.convolve(wave, response)[:16_000]
     assert np.allclose(wet / np.linalg.norm(wet), reference / np.linalg.norm(reference), atol=1e-5)
     decay = augmentation.room_response(1.0, 0.0, np.random.default_rng(1))
-    assert db(decay[12_000:13_000], decay[4_000:5_000]) == pytest.approx(-30, abs=2)  # 60 dB in one second
+    assert db(decay[12_000:13_000], decay[4_000:5_000]) == pytest.approx(-30, abs=2)  # 60 dB per second
 
 
 def test_noise_and_other_speech_have_the_given_ratio():

@@ -99,7 +99,7 @@ def test_round_trip_keeps_the_units(corpus):
     assert store.header.n_units == 100 and store.header.feature == "fairseq"
     for row, i in enumerate((0, 1, 3, 2, 4)):
         assert store[row].tolist() == before[i].tolist()
-    again = import_units(manifest, folder, corpus / "back")  # this store is already finished
+    again = import_units(manifest, folder, corpus / "back")  # the store is already finished
     assert again.header == store.header
 
 

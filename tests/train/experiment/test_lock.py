@@ -74,7 +74,7 @@ def test_second_run_of_a_stage_is_rejected(tmp_path, repo):
     assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="uses a Linux system call")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux system call")
 def test_launched_processes_end_with_their_launcher(tmp_path):
     pids = tmp_path / "pids"
     pids.mkdir()

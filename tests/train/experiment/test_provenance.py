@@ -280,7 +280,7 @@ def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
 
     file, out = tmp_path / "custom.py", tmp_path / "out"
     recorded = stage_inputs("features", 1, Custom(source))  # the file does not exist yet
-    assert recorded["settings"]["kind"] == f"{file}:Feature"  # earlier versions always recorded this
+    assert recorded["settings"]["kind"] == f"{file}:Feature"  # as in records of earlier versions
     file.write_text("class Feature: pass")
     inputs = stage_inputs("features", 1, Custom(source))
     acquire(out, inputs)

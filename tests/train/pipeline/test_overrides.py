@@ -237,7 +237,7 @@ def test_sweeps_are_expanded_in_order():
         ("machine=1gpu,laptop", ["exp/demo-machine=1gpu", "exp/demo-machine=laptop"]),
         ("model=tiny,base", ["exp/demo-model=tiny", "exp/demo-model=base"]),
         ("name=1.10,1.1", ["exp/1.10", "exp/1.1"]),
-        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # these are two iterations of one experiment
+        ("iteration=1,2", ["exp/demo", "exp/demo"]),  # two iterations of one experiment
     ],
 )
 def test_each_run_has_its_own_experiment_folder(sweep, folders):

@@ -1,4 +1,4 @@
-"""Tests that features, kmeans and label give the same output if killed or run in several processes."""
+"""Tests of the stages features, kmeans and label: equal output after kills and with several processes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def process_group() -> Iterator[None]:
 def test_gradients_of_a_block_are_complete_before_the_backward_pass_of_the_previous_block(
     process_group, tmp_path, precision
 ):
-    """Otherwise, the all-reduce of the gradients would not overlap with the backward pass."""
+    """The all-reduce of a gradient overlaps with the backward pass only if the gradient is complete early."""
     module = pretrainer()
     run = _TrainingRun(module, Noise(), replace(CONFIG, precision=precision), tmp_path)
     run.parallel.wrapped = DistributedDataParallel(module)

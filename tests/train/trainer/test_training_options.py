@@ -324,7 +324,7 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
 
 
 def test_gpu_is_made_current_before_batches_are_pinned(monkeypatch):
-    """Otherwise, the allocation of pinned memory would use GPU 0 and occupy memory on it."""
+    """Pinned memory is allocated through the current GPU, by default GPU 0, and occupies memory on it."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     device = torch.device("cuda", 1)

@@ -72,7 +72,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
         try:
             status = torchrun.wait(timeout=60)
         except subprocess.TimeoutExpired:  # a hang fails the test
-            torchrun.terminate()  # this also ends its processes, which `kill` would leave running
+            torchrun.terminate()  # also ends its processes, which `kill` would leave running
             status = torchrun.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
