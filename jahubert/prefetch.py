@@ -38,12 +38,13 @@ def prefetch(
 
     Args:
         n: number of items to process ahead of the consumer.
-        defer: function that returns whether an item is not to be processed yet. It is called in a background
-            thread, and again whenever the consumer takes a result. An item that is still deferred when it is
-            reached is processed in the thread of the consumer.
+        defer: function that returns whether to postpone an item. It is called in a background thread before
+            the item is processed, and again whenever the consumer takes a result. An item that is still
+            postponed when the consumer reaches it is processed in the thread of the consumer.
 
     Yields:
-        Pairs (item, result) in order. An exception in `function` is raised when its item is reached.
+        Pairs (item, result) in order. If `function` raises an exception for an item, the consumer gets the
+        exception when it reaches the item.
     """
 
     def work(item: T) -> tuple[R] | None:
@@ -54,7 +55,7 @@ def prefetch(
     pending: deque[tuple[T, Future[tuple[R] | None]]] = deque()
     try:
         while True:
-            for position, (item, future) in enumerate(pending):  # deferred items precede new ones
+            for position, (item, future) in enumerate(pending):  # postponed items precede new ones
                 if future.done() and future.exception() is None and future.result() is None:
                     pending[position] = (item, pool.submit(work, item))
             for item in islice(items, n + 1 - len(pending)):

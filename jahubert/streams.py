@@ -36,7 +36,7 @@ def is_output_error(error: OSError) -> bool:
 
 
 def failed_output(error: OSError) -> int:
-    """Return the exit status for an error of standard output. Report the error unless a pipe was closed."""
+    """Return the exit status for an error of standard output, and report errors other than a closed pipe."""
     # Otherwise, Python would report the error of standard output again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):

@@ -248,7 +248,7 @@ def _split_ogg(file: BinaryIO, size: int, name: str) -> list[Part]:
 
 
 def find(file: BinaryIO, pattern: bytes, position: int) -> int:
-    """Return the next position of a pattern in a file at or after `position`, or -1 if it does not occur."""
+    """Return the first position of a pattern in a file from `position` on, or -1 if there is none."""
     file.seek(position)
     overlap = b""
     while block := file.read(1 << 20):

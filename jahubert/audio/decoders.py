@@ -1,4 +1,4 @@
-"""Decoders for audio files, based on soundfile (libsndfile) or an optional decoder."""
+"""Decoding of audio files with soundfile (libsndfile) or an optional decoder."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def open_decoders(source: AudioBytes) -> Iterator[list[Decoder]]:
 def _check_rate(name: str, rate: int) -> None:
     if not _MIN_RATE <= rate <= _MAX_RATE:
         raise AudioError(
-            f"{name}: its header states a sampling rate of {rate} Hz, which must be between {_MIN_RATE} and "
+            f"{name}: its header states a sampling rate of {rate} Hz, which is not between {_MIN_RATE} and "
             f"{_MAX_RATE}; the file is damaged or not audio"
         )
 
@@ -160,7 +160,7 @@ class SoundFileDecoder:
         self.file.close()
 
     def length(self) -> int:
-        if not self.seekable:  # the length is not stated, or MP3 decoders deviate from the stated length
+        if not self.seekable:  # the stated length is missing (FLAC) or inexact (MP3)
             return sum(len(block) for block in self.blocks(_BLOCK))
         self._check_flac_length()
         n_frames: int = self.file.frames

@@ -89,7 +89,7 @@ def _frame_end(head: bytes, max_block: int, channels: int) -> int | None:
     block_code, rate_code, assignment = head[2] >> 4, head[2] & 15, head[3] >> 4
     if block_code == 0 or rate_code == 15 or channels != (assignment + 1 if assignment < 8 else 2):
         return None
-    ones = 8 - (~head[4] & 0xFF).bit_length()  # the number is coded like a character in UTF-8
+    ones = 8 - (~head[4] & 0xFF).bit_length()  # the frame or sample number is coded as in UTF-8
     if ones == 1 or ones == 8 or assignment > 10:
         return None
     position = 4 + max(1, ones)

@@ -47,7 +47,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
 
     Raises:
         AudioError: the source is missing, unreadable, empty or a device, the byte range is outside the file,
-            or the stream is a text stream or exceeds the limit.
+            or the stream is a text stream or exceeds the size limit.
     """
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "the stream"))
@@ -119,7 +119,7 @@ def _read_stream(stream: Any, name: str) -> bytes:
         if n_bytes > max_bytes:
             raise AudioError(
                 f"{name} has more than {max_bytes:,} bytes, the limit for streams that are not seekable; "
-                f"write it to a file; or, {ADVICE}"
+                f"write it to a file or, {ADVICE}"
             )
         content.write(block)
     return content.getvalue()

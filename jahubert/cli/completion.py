@@ -64,14 +64,14 @@ def _paths(shtab: ModuleType, action: argparse.Action) -> dict[str, str]:
 
 
 def _setting_values() -> dict[str, list[str]]:
-    """Return the settings that are completed, and their values."""
+    """Return the settings that the scripts complete, and the possible values of each."""
     from jahubert.train.experiment.registry import STAGES, recipe_names
 
     return {"recipe": recipe_names(), "stage": [*STAGES, "all"]}
 
 
 def _settings() -> dict[str, Any]:
-    """Return the completion of settings for each shell."""
+    """Return the entry that makes shtab complete settings, with one item per shell."""
     words = " ".join(f"{key}={value}" for key, values in _setting_values().items() for value in values)
     return {
         "bash": "_jahubert_settings",

@@ -40,7 +40,7 @@ class Input:
 
 
 class _StandardInput:
-    """Stream that does not access standard input before `read`, so that errors are those of a recording."""
+    """Standard input, which is accessed only in `read`, so that an error affects only this recording."""
 
     name = "standard input"
 

@@ -519,7 +519,9 @@ def audio_commands(command: Command) -> None:
     """Add the subcommands that read recordings."""
 
     def audio(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("audio", nargs="+", help="audio files, folders, 'patterns', or - for standard input")
+        sub.add_argument(
+            "audio", nargs="+", help="audio files, folders, quoted patterns, or - for standard input"
+        )
         sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if available)")
 
@@ -623,7 +625,7 @@ def model_commands(command: Command) -> None:
     sub.add_argument(
         "--manifest",
         metavar="FILE",
-        help="manifest of the units (default: EXP/prepare/manifest.arrow)",
+        help="manifest of the units (default: exp/NAME/prepare/manifest.arrow)",
     )
 
 
@@ -632,7 +634,9 @@ def experiment_commands(command: Command) -> None:
     sub = command(
         run, "run stages of an experiment: prepare, pretrain, finetune, ... (same as python -m jahubert.run)"
     )
-    sub.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="recipe=NAME stage=NAME and others")
+    sub.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings such as recipe=NAME and stage=NAME"
+    )
     sub = command(plan, "estimate the time, disk space and memory that stages need")
     sub.add_argument("settings", nargs="+", metavar="KEY=VALUE", help=PLAN)
     sub.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes and times in hours")

@@ -2,9 +2,9 @@
 
 Content is written under a temporary name in the same folder, flushed to disk and renamed. Readers of a file
 see either the old or the new content, even if the writer is killed or the disk is full. The temporary name
-starts with `.tmp-` and is derived from the final name without exceeding the maximum length of names. The
-temporary file is locked while in use (except on Windows), so that concurrent writers do not interfere, and
-the next writer reuses the temporary file of a killed process.
+starts with `.tmp-` and is derived from the final name without exceeding the maximum length of file names. The
+temporary file is locked while in use (except on Windows), so that concurrent writers do not interfere. The
+next writer reuses the temporary file of a killed process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def atomic_write(path: Path, mode: str = "w", errors: str | None = None) -> Iter
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path for libraries that open files by name. The file replaces `path` after the block.
 
-    The temporary path is in its own folder, because some libraries create more files next to it.
+    The temporary path is in a folder of its own, because some libraries create more files next to it.
     """
     with _new_folder(path) as (folder, mode):
         yield folder / _CONTENT
@@ -170,7 +170,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         while True:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            # The previous writer may have renamed or removed the file between open and lock.
+            # The previous writer may have renamed or removed the file before this process locked it.
             if _lock(descriptor) and _has_name(descriptor, temporary):
                 break
             os.close(descriptor)
@@ -225,7 +225,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Flush a new file and set its permissions, because some libraries create files only for their owner."""
+    """Flush a new file and set its permissions, which some libraries restrict to the owner."""
     if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
     _flush(path)

@@ -106,7 +106,7 @@ class Bundle:
     info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of a model file
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
     notes: list[str] = field(default_factory=list)  # one message per change to the model
-    language_model: LanguageModel | None = None  # `Transcriber` uses it unless another one is given
+    language_model: LanguageModel | None = None  # used by `Transcriber` without its own `lm` or `lexicon`
 
 
 # --- writing ----------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ _NAMES = [
     (r"^masked_spec_embed$", "mask_emb"),
     *WEIGHT_NORM,
 ]
-# HubertConfig field -> setting in fairseq, for fields whose values are the same.
+# HubertConfig field -> fairseq setting with the same value.
 _FIELDS = {
     "conv_bias": "conv_bias",
     "width": "encoder_embed_dim",

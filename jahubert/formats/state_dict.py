@@ -150,7 +150,13 @@ def symbol_set(where: object, symbols: list[Any]) -> PhonemeSet:
 
 
 def config_field(where: object, field: str, name: str, value: Any) -> Any:
-    """Check that a value, named `name` in the file, has the type of a HubertConfig field, and return it.
+    """Check that a value has the type of a HubertConfig field, and return the value.
+
+    Args:
+        where: path of the file, for the error message.
+        field: name of the field.
+        name: name of the value in the file.
+        value: the value to check.
 
     Raises:
         CheckpointError: the value has another type.

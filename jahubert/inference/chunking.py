@@ -19,7 +19,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
 
-OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks; in each of them, half of it only provides context
+OVERLAP_SECONDS = 4.0  # overlap of neighboring chunks, of which each chunk keeps half
 BATCH_SECONDS = 120.0  # maximum total length of a batch of several chunks, including padding
 
 # Function that encodes a padded batch: (wav_BT, n_samples) -> (frames (B, S, ...), n_frames_B).

@@ -28,7 +28,7 @@ _CUTOFF = 270.0  # upper end of the searched band in Hz
 _MAX_LINES = 5  # maximum number of spectral lines of hum
 _DECIMATION = 16  # downsampling factor of the signal in which hum is estimated
 _TAPS = 64  # length of the low-pass filter (a Hann window) before downsampling
-_LONG = 4.0  # seconds; in longer recordings, amplitude and phase may drift
+_LONG = 4.0  # seconds; from this length on, the amplitude and phase of the hum may drift
 _TINY = 1e-12
 
 

@@ -17,7 +17,7 @@ from jahubert.errors import CheckpointError, DataError, quote
 
 LOW_CONFIDENCE = 0.5  # below this confidence, a word is more likely wrong than correct
 _FLOOR = -10.0  # lower log-probabilities are clipped to this value
-_RIDGE = 1e-2  # regularization, which keeps the fit finite if the words are separable
+_RIDGE = 1e-2  # regularization; keeps the fit finite if correct and wrong words are linearly separable
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Span:
-    """An aligned label with its frames `[start, end)` and their mean log-probability."""
+    """An aligned label, its frames `[start, end)`, and its mean log-probability in these frames."""
 
     label: int
     start: int
@@ -106,9 +106,9 @@ def beam_search(
 
     A prefix accumulates the probability of all its paths, whether or not they end in blank, so a sequence is
     scored by its CTC probability and not by its best path. With a sufficiently wide beam and without
-    `fusion`, the score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype (half
-    precision is converted to float32). Each frame takes a few operations on tensors (rows, beam, symbols), so
-    a row takes several times less time in a batch of 16 or more rows than alone.
+    `fusion`, the score equals `-ctc_loss`. The search runs on the device of `logp_BSV` and in its dtype
+    (16-bit dtypes are converted to float32). Each frame takes a few operations on tensors (rows, beam,
+    symbols), so a row takes several times less time in a batch of 16 or more rows than alone.
 
     Args:
         logp_BSV: log-probabilities.
@@ -116,11 +116,11 @@ def beam_search(
         beam: number of prefixes that are kept after each frame.
         n_best: number of hypotheses to return per row.
         blank: index of the blank symbol.
-        fusion: language model and lexicon, which take part in the ranking at every frame.
+        fusion: language model, lexicon or both, which affect the ranking at every frame.
 
     Returns:
-        The hypotheses of each row, best first, and fewer than `n_best` if fewer sequences are possible. With
-        a lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete word.
+        The best `n_best` hypotheses of each row, best first, or fewer if fewer sequences are possible. With a
+        lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete word.
 
     Raises:
         DataError: a log-probability in a valid frame is NaN.
@@ -177,7 +177,7 @@ class _History:
 
     chosen: list[Tensor] = field(default_factory=list)  # candidate in each slot, for each frame
     shifts: list[Tensor] = field(default_factory=list)  # value subtracted from all scores, for each frame
-    words: list[Tensor] = field(default_factory=list)  # with a lexicon: word that each candidate completes
+    words: list[Tensor] = field(default_factory=list)  # with a lexicon: word completed in each slot
     slots: dict[int, Tensor] = field(default_factory=dict)  # row -> final slots, best first
     scores: dict[int, Tensor] = field(default_factory=dict)  # row -> final scores, without the shifts
     last_words: dict[int, Tensor] = field(default_factory=dict)  # row -> words completed at its end

@@ -31,7 +31,8 @@ from jahubert.phonemes import BLANK, PhonemeSet
 
 log = logging.getLogger(__name__)
 
-MAX_CACHED = 1 << 24  # cells (rows x columns) in a full cache; each has 16 bytes on the device, 8 on the host
+# Number of cells (rows x columns) in a full cache. A cell takes 16 bytes on the device and 8 on the host.
+MAX_CACHED = 1 << 24
 
 
 @dataclass(frozen=True)

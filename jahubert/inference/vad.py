@@ -31,16 +31,17 @@ _MIN_LEVEL_STD = 2.5  # minimum standard deviation of the level
 _MIN_SHAPE_STD = 1.6  # minimum mean standard deviation of the relative band levels
 _MIN_CHANGE = 1.6  # minimum median change in the relative band levels within _LAG frames
 _LAG = 3
-# Periodic windows: maximum difference from the level of the loudest frame, minimum autocorrelation, minimum
-# length of a run of such frames, and minimum number of frames in runs.
+# Periodic windows: maximum level difference between loud frames and the loudest frame, minimum
+# autocorrelation of periodic frames, minimum length of a run of loud, periodic frames, and minimum number of
+# frames in runs.
 _PERIODIC = (20.0, 0.6, 2, 3)
-# Sustained windows: maximum difference from the level of the loudest frame, minimum length of a run of such
-# frames, minimum number of frames in runs, and minimum fraction of such frames in runs.
+# Sustained windows: maximum level difference between loud frames and the loudest frame, minimum length of a
+# run of loud frames, minimum number of frames in runs, and minimum fraction of the loud frames in runs.
 _SUSTAINED = (12.0, 4, 6, 0.7)
 _PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch, and frequency band used to detect it, in Hz
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
-MARGIN = 12  # number of frames added around speech for quiet consonants and CTC spikes
+MARGIN = 12  # number of frames added before and after speech for quiet consonants and CTC spikes
 _BLOCK = 256  # number of frames to transform at once; the temporaries of more frames do not fit in the cache
 _TINY = 1e-13  # added power, which keeps logarithms and quotients finite
 _SUPPRESSED = -1e4  # log-probability of phones outside speech

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CUE_PAUSE = 0.6  # minimum length of such a pause in seconds
 CUE_LENGTH = 7.0  # maximum duration of a cue in seconds
 CUE_KANA = 40  # maximum number of characters in a cue
-CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, if the next cue allows it
+CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, unless the next cue starts earlier
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")

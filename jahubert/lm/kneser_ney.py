@@ -21,7 +21,7 @@ from jahubert.lm.ngram import END, START, UNKNOWN, Entries, NGram
 
 log = logging.getLogger(__name__)
 
-FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # used, as in lmplz, if a text is too small to estimate discounts
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # those of lmplz, used if a text is too small for an estimate
 _START_LOGP = -99.0 * np.log(10.0)  # <s> is never predicted
 
 

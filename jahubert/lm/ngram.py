@@ -153,7 +153,7 @@ class NGram:
     def score(self, state_R: np.ndarray, word_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the log-probability of a word after each state, and the state after the word.
 
-        A word of -1 has the log-probability `UNSEEN_LOGP` and leads to the empty context.
+        The word index -1 has the log-probability `UNSEEN_LOGP` and leads to the empty context.
         """
         logp_R = np.zeros(len(state_R))
         next_R = np.zeros(len(state_R), np.int64)
@@ -218,7 +218,7 @@ class Perplexity:
     Attributes:
         logp: sum of the natural log-probabilities of all words and sentence ends.
         sentences, words: number of sentences, and number of words without sentence ends.
-        unknown: number of words outside the vocabulary, which are scored as `<unk>`.
+        unknown: number of words that are `<unk>` or not in the vocabulary.
         unknown_logp: part of `logp` contributed by unknown words.
     """
 
