@@ -30,7 +30,7 @@ class JahubertError(Exception):
 
 
 class Stopped(JahubertError):
-    """Raised if training stopped after a signal, with a checkpoint from which the same command resumes.
+    """Raised if training stopped after a signal and saved a checkpoint from which the same command resumes.
 
     Attributes:
         signal: name of the signal, e.g. "SIGTERM", or None if another process received it.
@@ -54,7 +54,7 @@ class ConfigError(UserError):
 
     Attributes:
         settings: one message per invalid setting, from which the errors of several stages can be merged.
-            Empty if the error has only a single message.
+            Empty if the error does not list settings.
     """
 
     settings: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREAD_PREFIX = "prefetch"
-MAX_THREADS = 4  # one core decodes 80 s of FLAC in 60 to 80 ms, which a GPU encodes in 30 ms
+MAX_THREADS = 4  # one core decodes 80 s of FLAC in 60 to 80 ms; a GPU encodes this audio in 30 ms
 
 
 def usable_cores() -> int:

@@ -134,7 +134,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
 
 
 def is_seekable(source: str | os.PathLike[str] | AudioSource | BinaryIO) -> bool:
-    """Return whether `load_audio` reads part of a file by seeking. If not, it decodes the whole file.
+    """Return whether `load_audio` seeks to the requested part of a file instead of decoding the whole file.
 
     Raises:
         AudioError: as for `audio_length`.

@@ -590,9 +590,11 @@ def audio_commands(command: Command) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--layer", type=layers, metavar="N",
-        help="encoder layer (default: the last); 3,6,9 or all gives (frames, layers, dim)",
+        help="encoder layer (default: the encoder's output); 3,6,9 or all gives (frames, layers, dim)",
     )  # fmt: skip
-    sub.add_argument("--weights", type=numbers, metavar="W,W", help="write the weighted sum of the layers")
+    sub.add_argument(
+        "--weights", type=numbers, metavar="W,W", help="one weight per layer, to write their weighted sum"
+    )
     dtype(sub, "float32")
     chunked(sub)
 

@@ -119,8 +119,8 @@ def _restore(path: Path, replaced: Path) -> None:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files and folders that killed processes left in `folder`.
 
-    If a process was killed while it replaced a folder, the old content of that folder is removed, unless the
-    new content is missing. In that case, the next write to that folder restores the old content.
+    If a process was killed while it replaced a folder, and the folder is now missing, its old content is
+    kept, so that the next write restores it. Otherwise, the old content is removed.
 
     Args:
         name: the file or folder in `folder` that the processes were writing (default: any).

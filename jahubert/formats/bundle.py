@@ -297,7 +297,7 @@ def _centroids(path: Path, tensors: dict[str, Tensor], raw: RawModel) -> Tensor:
 
 
 def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
-    """Return the language model that jahubert.json describes, if any, and check its parameters and file."""
+    """Check the language model that jahubert.json describes, and return it, or None if there is none."""
     stored = typed_item(folder / INFO, info, "language_model", dict)
     if stored is None:
         return None

@@ -1,4 +1,4 @@
-"""Reader and writer for Hugging Face HuBERT folders with configuration, weights and vocabulary.
+"""Reader for Hugging Face HuBERT folders, and the content of the JSON files that bundles share with them.
 
 Weights are in one file or in shards, as safetensors or PyTorch `.bin` files. This package uses the same
 tensor names as Hugging Face. The reader removes the prefix `hubert.`, which encoder tensors have in a model

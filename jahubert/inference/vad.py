@@ -58,7 +58,7 @@ class Segment:
 def cut_at_pauses(blocks: Iterable[Tensor], max_frames: int, pause: int, blank: int = 0) -> Iterator[Segment]:
     """Cut a stream of log-probabilities into segments at the clearest pauses.
 
-    The result does not depend on the block sizes, and a recording of up to `max_frames` is not split.
+    The result does not depend on the block sizes. A recording of up to `max_frames` frames is not split.
 
     Args:
         blocks: log-probabilities (S, V) of consecutive frames.
