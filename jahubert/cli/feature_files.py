@@ -95,8 +95,7 @@ class FeatureFiles:
                     f"{path} contains the features of {written.get('path')}, not of {source['path']}; choose "
                     f"another output, or remove {self.folder}"
                 )
-            _append_line(self.folder / SOURCES, {"file": key, **source})
-            self.written[key] = source
+            self._record(key)
         return source["size"] is not None and self.written[key] == source
 
     def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
@@ -111,11 +110,12 @@ class FeatureFiles:
                 n_frames += len(chunk)
             file.seek(0)  # numpy pads the header, so it has room for the final frame count
             _header(file, (n_frames, *shape))
-        _append_line(self.folder / SOURCES, {"file": os.fspath(base), **self.sources[os.fspath(base)]})
+        self._record(os.fspath(base))
 
     def finish(self, bases: Iterable[Path]) -> None:
-        """Assemble the output file from the features of `bases` if the output is a safetensors file."""
+        """Sort `sources.jsonl`, or assemble the safetensors file from the features of `bases`."""
         if self.folder == self.output:
+            _write_sources(self.folder / SOURCES, self.written)
             return
         files = sorted({self._path(base) for base in bases})
         header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in self.settings.items()}}
@@ -140,6 +140,11 @@ class FeatureFiles:
                     part.seek(-size, os.SEEK_END)
                     shutil.copyfileobj(part, out)
         remove_folder(self.folder)
+
+    def _record(self, key: str) -> None:
+        """Record the current source of an output file."""
+        self.written[key] = self.sources[key]
+        _append_line(self.folder / SOURCES, {"file": key, **self.sources[key]})
 
     def _path(self, base: Path) -> Path:
         return self.folder / f"{base}.npy"
@@ -190,6 +195,14 @@ def _read_sources(path: Path) -> dict[str, Source]:
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             continue
     return sources
+
+
+def _write_sources(path: Path, sources: dict[str, Source]) -> None:
+    """Write all sources in the order of their files, without replaced and incomplete lines."""
+    content = "".join(json.dumps({"file": key, **source}) + "\n" for key, source in sorted(sources.items()))
+    if path.exists() and path.read_bytes() != content.encode():
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:

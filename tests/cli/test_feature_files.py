@@ -130,6 +130,7 @@ def test_features_without_a_complete_record_of_their_source_are_computed_again(b
         capsys.readouterr()
         assert main(run) == 0
         assert "1 of 2 recordings" in capsys.readouterr().err
+        assert sources.read_text().splitlines() == lines
         assert main(run) == 0
         assert "2 of 2 recordings" in capsys.readouterr().err
 
