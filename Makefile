@@ -93,7 +93,7 @@ package: $(READY)
 	rm -rf dist
 	$(VENV)/bin/python -m build --installer pip .
 	$(VENV)/bin/python -m twine check --strict dist/*
-	$(VENV)/bin/pyroma --min 8 .  # no e-mail address and no project URL yet
+	$(VENV)/bin/pyroma --min 8 .  # 8: no e-mail address yet
 
 docs: $(READY)
 	$(VENV)/bin/python tools/settings_reference.py

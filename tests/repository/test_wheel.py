@@ -100,6 +100,7 @@ def test_metadata_is_complete(metadata, unpacked):
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Root-Is-Purelib: true" in (unpacked / INFO / "WHEEL").read_text()
+    assert f"\nversion: {jahubert.__version__}\n" in (REPO / "CITATION.cff").read_text(encoding="utf-8")
     entries = (unpacked / INFO / "entry_points.txt").read_text().split("\n")
     assert "jahubert = jahubert.cli.main:main" in entries
 

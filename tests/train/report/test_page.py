@@ -18,6 +18,7 @@ from jahubert.train.report.examples import Example, find_examples
 from jahubert.train.report.html import PageData, render_page
 from jahubert.train.report.markup import Strings
 from jahubert.train.report.results import name_experiments
+from jahubert.train.report.tables import text_tables
 from jahubert.train.report.units import UnitCounts, phone_times
 
 
@@ -107,6 +108,14 @@ def test_units_without_phone_times_have_no_quality_columns():
     assert html._units_table({"iter2": unit}, strings).count("<th>") == 3
     both = html._units_table({"iter1": unit, "iter2": measured}, strings)
     assert both.count("<th>") == both.count("<td") / 2 == 6
+
+
+def test_scores_of_earlier_versions_have_no_normalizer():
+    summary = {"systems": {"main": system(0.1)}, "published": {}, "units": {}}
+    assert "PER: none" in text_tables(summary)
+    del summary["systems"]["main"]["scores"]["test"]["per"]["normalizer"]
+    table = text_tables(summary)
+    assert "10.0" in table and "PER: none" not in table
 
 
 def test_ids_with_unicode_line_separators_are_read(tmp_path):
