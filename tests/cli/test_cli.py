@@ -417,7 +417,7 @@ def test_unusable_names_are_reported_and_the_rest_is_processed(bundle, folder, c
     assert out.startswith("data/a.wav\t") and len(err.splitlines()) == 2 and "Traceback" not in err
 
 
-def test_entries_of_folders_are_transcribed_or_named_or_not_files(bundle, folder, capsys, monkeypatch):
+def test_entries_of_folders_are_processed_or_named_or_ignored(bundle, folder, capsys, monkeypatch):
     Path("data/dangling.wav").symlink_to("nowhere")
     Path("data/folder.wav").mkdir()
     os.mkfifo("data/pipe.wav")

@@ -65,7 +65,7 @@ def mixed(folder) -> Path:
     return folder / "mixed"
 
 
-def test_every_file_of_a_mixed_folder_is_right_or_named(mixed, bundle, capsys):
+def test_every_audio_file_of_a_mixed_folder_is_processed_or_named(mixed, bundle, capsys):
     assert main(["features", "--model", bundle, "-o", "features", str(mixed)]) == 2
     err = capsys.readouterr().err
     assert "cut.wav" in err and "page.mp3" in err and "2 of 7 failed" in err and len(err.splitlines()) == 3

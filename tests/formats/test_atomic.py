@@ -196,7 +196,7 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
     assert names(tmp_path / "b") == ["2"] and names(tmp_path) == ["b", "b.new", "b.old", "b.tmp"]
 
 
-def test_folder_replaced_by_a_killed_process_comes_back(tmp_path, monkeypatch):
+def test_folder_replaced_by_a_killed_process_is_restored(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "b") as folder:
         (folder / "1").touch()
     pid = os.fork()

@@ -373,7 +373,7 @@ def test_invalid_arguments_are_rejected(model, tmp_path):
         FeatureExtractor(model, device="cpu")(np.zeros(0, np.float32))
 
 
-def test_device_names(monkeypatch):
+def test_device_names_are_resolved_or_rejected(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu") and pick_device(torch.device("cpu")).type == "cpu"
     for name in ("teapot", "cuda:7", "cuda"):
         with pytest.raises(ConfigError, match=name):

@@ -255,7 +255,7 @@ def test_different_tables_of_a_subset_end_the_run(releases, intact, tmp_path):
         prepared(data, tmp_path / "work")
 
 
-def test_parquet_rows_without_audio_or_caption(releases, tmp_path):
+def test_parquet_rows_without_audio_are_rejected_and_captions_are_optional(releases, tmp_path):
     data = shutil.copytree(releases["parquet"], tmp_path / "copy")
     path = shard_path(data, "parquet")
     rows = pq.read_table(path).to_pylist()

@@ -139,7 +139,7 @@ def test_line_breaks_in_quotes_and_unicode_separators_do_not_end_a_row(root):
         (lambda raw: os.urandom(5000), "my.csv"),
     ],
 )
-def test_malformed_csv_ends_with_one_sentence(root, raw, problem):
+def test_malformed_csv_ends_the_run_with_one_sentence(root, raw, problem):
     with pytest.raises(DataError, match=problem) as error:
         prepared(write_csv(root, rows(), raw))
     assert "my.csv" in str(error.value) and "\n" not in str(error.value)
@@ -217,7 +217,7 @@ def test_malformed_audio_in_parquet_rejects_its_row(root, audio):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no footer", "text"])
-def test_damaged_parquet_ends_with_one_sentence(root, damage):
+def test_damaged_parquet_ends_the_run_with_one_sentence(root, damage):
     pq.write_table(pa.Table.from_pylist(json_records()), root / "my.parquet")
     raw = (root / "my.parquet").read_bytes()
     raw = {"truncated": raw[:-40], "no footer": raw[:100], "text": b"path\na.wav\n"}[damage]
@@ -333,7 +333,7 @@ def test_malformed_cut_rejects_its_line(root, name):
     assert "cuts.jsonl.gz:8" in rejected[0]["detail"]
 
 
-def test_damaged_gzip_ends_with_one_sentence(root):
+def test_damaged_gzip_ends_the_run_with_one_sentence(root):
     raw = gzip.compress("\n".join(json.dumps(cut) for cut in cuts(root)).encode())
     for content in (raw[:-20], b"text", raw[:200] + b"\0" * 50 + raw[250:]):
         (root / "cuts.jsonl.gz").write_bytes(content)

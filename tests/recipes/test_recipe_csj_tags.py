@@ -222,9 +222,9 @@ def joined_by_description(segments, join: str, max_gap: int, max_length: int):
     """Join segments with a reference implementation, and return the segment indices of each utterance.
 
     Segments without speech are ignored. A segment starts a new utterance if the gap after the previous speech
-    of its channel is too long, or if the utterance is too long either before (kaldi) or after the segment is
-    added. Masked segments and segments with problems are not joined, except with kaldi, where a segment after
-    speech in the other channel starts a new utterance.
+    of its channel is too long. With `kaldi`, it also does so if the utterance is already too long, or after
+    speech in the other channel. With `strict`, it also does so if the utterance would become too long, or if
+    the segment or the utterance is masked or has a problem.
     """
     utterances: list[list[int]] = []
     for i, (start, end, kind, channel) in enumerate(segments):

@@ -36,7 +36,7 @@ def symbols(*texts: str) -> str:
         ("札幌の旅館", "saʔpoɾo no ɾʲokaɴ."),
     ],
 )
-def test_symbols_of_words(text, expected):
+def test_words_are_converted_to_symbols(text, expected):
     assert symbols(text).replace(" ", "") == expected.replace(" ", "")
 
 

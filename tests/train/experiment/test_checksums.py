@@ -101,7 +101,7 @@ def test_large_files_can_be_compared_by_size_only(experiment, tmp_path, monkeypa
         verify_inputs(config, large=False)
 
 
-def test_damaged_manifest_without_a_record_never_crashes(experiment, tmp_path):
+def test_reading_a_damaged_manifest_without_a_record_never_crashes(experiment, tmp_path):
     path, original = tmp_path / "manifest.arrow", (experiment / "manifest.arrow").read_bytes()
     rows, rng, detected = [*map(str, Manifest(experiment / "manifest.arrow"))], random.Random(1), 0
     for number in range(300):

@@ -100,7 +100,7 @@ def test_published_rows_are_shown_for_phone_vocabularies_only(copy, capsys):
     assert "Recognition on test" in (copy / "report/table.txt").read_text()
 
 
-def test_language_models_of_the_training_targets(copy):
+def test_language_models_of_the_training_targets_are_used_in_decoding(copy):
     phones, words, lexicon = (str(copy / name) for name in ("phones.arpa", "words.arpa", "words.txt"))
     assert cli.main(["ngram", str(copy), "--unit", "phone", "--order", "3", "-o", phones]) == 0
     assert cli.main(["ngram", str(copy), "--unit", "word", "-o", words, "--lexicon", lexicon]) == 0

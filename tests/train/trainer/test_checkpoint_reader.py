@@ -22,7 +22,7 @@ from jahubert.train.trainer.trainer import train
 CONFIG = TrainConfig(max_steps=4, save_every=2, device="cpu", workers=0)
 
 
-def test_metadata_that_would_run_code_are_rejected(tmp_path):
+def test_metadata_that_would_run_code_is_rejected(tmp_path):
     train(Toy(), Data(), CONFIG, tmp_path)
     newest = tmp_path / "checkpoints" / "step_0000004"
     content = pickle.dumps(Bomb(tmp_path / "ran"))
