@@ -216,7 +216,7 @@ _WORDS = (
 # Verbs with readings that no noun has. Other verbs are distinguished from nouns by their surface form: 追う
 # from 王, 酔う from 用.
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
-# Kanji -> regular expression for its reading, whose initial vowel is not merged with a preceding vowel.
+# Kanji -> regular expression for readings whose initial vowel is not merged with a preceding vowel.
 _KANJI_STARTS = {
     "売": "ウリ|ウル",
     "打": "ウチ|ウツ",

@@ -44,7 +44,7 @@ def _add_text_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "text", nargs="+", metavar="TEXT",
         help="UTF-8 text files with one sentence per line (.gz allowed, - for standard input), or experiment "
-        "folders, whose training targets are read",
+        "folders with training targets",
     )  # fmt: skip
     sub.add_argument(
         "--unit", choices=UNITS, default="word",

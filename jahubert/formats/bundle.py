@@ -313,7 +313,7 @@ def _language_model(folder: Path, info: dict[str, Any]) -> LanguageModel | None:
 
 
 def _read_file(path: Path) -> RawModel:
-    """Read a fairseq, s3prl or torchaudio file, whose tensor names determine the format."""
+    """Read a fairseq, s3prl or torchaudio file. The names of its tensors determine the format."""
     content = read_tensors(path)
     loaded = load_tensors(path, tensor_table(content))
     tensors = {weight_norm_name(name): value for name, value in loaded.items()}

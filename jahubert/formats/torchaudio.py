@@ -82,7 +82,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
     """Read a state dict of wav2vec2_model or hubert_pretrain_model, including Lightning checkpoints.
 
     Args:
-        path: path of the file, whose settings may be in a JSON file next to it.
+        path: path of the file. Its settings may be in a JSON file next to it.
         tensors: weights in the file.
         prefix: prefix of encoder tensor names in `tensors`.
 

@@ -53,7 +53,7 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
 
 
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
-    """Split the blocks (T,) of a recording into overlapping chunks, or into one if `seconds` is None."""
+    """Split the blocks (T,) of a recording into overlapping chunks, or join them if `seconds` is None."""
     start, keep = 0, 0
     buffer = torch.zeros(0, device="cpu")
     if seconds is None:

@@ -57,7 +57,7 @@ def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: i
             f"frame counts {counts} do not match log-probabilities of shape {tuple(logp_BSV.shape)}"
         )
     if not 0 <= blank < n_symbols:
-        raise ValueError(f"blank is {blank}, but must be the index of one of the {n_symbols} symbols")
+        raise ValueError(f"blank is {blank}, but must be a symbol index, from 0 to {n_symbols - 1}")
     bad_BS = logp_BSV.isnan().any(-1)
     if bool(bad_BS.any()):
         for row, n in enumerate(counts):

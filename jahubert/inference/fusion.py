@@ -347,7 +347,7 @@ def load_fusion(
     Args:
         symbols: the symbols of the CTC head.
         lm: path of an ARPA file. Its tokens are words if a lexicon is given, and otherwise symbols.
-        lexicon: path of a lexicon (see `read_lexicon`), to whose words the output is restricted.
+        lexicon: path of a lexicon (see `read_lexicon`). The output is restricted to its words.
         lm_weight, word_bonus: see `Fusion`.
 
     Returns:
