@@ -63,7 +63,7 @@ def test_deferred_items_are_computed_when_possible():
 
 
 def test_deferred_items_precede_new_items():
-    """If only a few results may be stored, they are those of the next items in order."""
+    """If only a few results may be stored, the results of the next items in order are stored."""
     computed: dict[int, threading.Thread] = {}
     taken = 0
 

@@ -473,7 +473,7 @@ def test_closed_standard_input_is_reported(bundle, folder, capsys, monkeypatch, 
 def test_ctrl_c_ends_a_command_that_waits_for_a_fifo(bundle, folder, name):
     os.mkfifo("fifo.wav")
     line = [sys.executable, "-m", "jahubert", name, "--model", bundle, "fifo.wav"]
-    # Background jobs of a shell ignore SIGINT by default.
+    # Background jobs of a non-interactive shell ignore SIGINT.
     with subprocess.Popen(line, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:
             writer = open_for_writing("fifo.wav", process)

@@ -1,4 +1,4 @@
-"""Test that the commands process all usable audio files of a mixed folder and name the unusable ones."""
+"""Test that the commands process all usable audio files in a mixed folder and name the unusable ones."""
 
 from __future__ import annotations
 

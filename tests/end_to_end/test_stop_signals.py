@@ -232,7 +232,7 @@ def test_signal_is_reported_even_if_interrupted_code_fails_or_swallows_it(capsys
     def broken(_):
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # some extension modules replace exceptions in this way
+        except BaseException:  # as some extension modules do during import
             if fails:
                 raise AttributeError("partially initialized") from None
         return {"processes": 1}

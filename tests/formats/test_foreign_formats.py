@@ -171,7 +171,7 @@ def hf_config(config: HubertConfig, **more) -> transformers.HubertConfig:
 def save_hf(
     model, folder, safe: bool, normalize: bool, old_names: bool = False, shards: bool = False
 ) -> None:
-    """Save a model as current versions of transformers do, or as older ones did, to pytorch_model.bin."""
+    """Save a model as current versions of transformers do, or to pytorch_model.bin as older versions did."""
     model.save_pretrained(folder, **({"max_shard_size": "50KB"} if shards else {}))
     transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
     if not safe:

@@ -177,7 +177,7 @@ def test_weights_hash_of_an_older_bundle_is_compared(signed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("in_memory", [torch.float32, torch.bfloat16])
 def test_edited_bundle_with_rounded_weights_opens_without_its_checksums(tmp_path, dtype, in_memory):
-    """The recorded hash must be that of the weights in the file, or the advice in the message would fail."""
+    """If the recorded hash were not that of the weights in the file, the advice in the message would fail."""
     model = model_of(KINDS["base"]).to(in_memory)
     folder = save_bundle(tmp_path / "rounded", model=model, dtype=dtype)
     info = json.loads((folder / "jahubert.json").read_text())

@@ -109,7 +109,7 @@ def test_hooks_of_every_module_are_called_and_change_nothing(model, wav_BT, regi
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
             names.append(name)
             getattr(module, register)(partial(hook, name))
-    wav_BT.requires_grad_(True)  # without it, the model's own backward hook would get no input gradient
+    wav_BT.requires_grad_(True)  # gives the model's own backward hook an input gradient
     encoded = model(wav_BT, LENGTHS)
     encoded.hidden_BSD.sum().backward()
     assert set(names) - {""} <= set(called)

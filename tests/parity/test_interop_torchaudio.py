@@ -35,7 +35,7 @@ def load_torchaudio_model(path):
 
 
 def waveforms(config: HubertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return noise as input for this package and, normalized if the config says so, for torchaudio."""
+    """Return noise as input for this package and, normalized if `config.normalize` is set, for torchaudio."""
     wav_BT = 0.1 * torch.randn(2, 16_000)
     return wav_BT, torch.stack([F.layer_norm(w, w.shape) for w in wav_BT]) if config.normalize else wav_BT
 

@@ -256,7 +256,7 @@ def random_segments(rng: random.Random, kinds: tuple[str, ...], channels: str):
         now = 0
         for _ in range(rng.randint(1, 30)):
             kind, length = rng.choice(kinds), rng.choice((200, 1000, 3000, 11_000))
-            inside = kind == "event" and now and rng.random() < 0.5  # whether it is in the previous segment
+            inside = kind == "event" and now and rng.random() < 0.5  # in the previous segment
             start = (
                 rng.randint(*segments[-1][:2]) if inside else now + rng.choice((0, 100, 499, 500, 501, 900))
             )

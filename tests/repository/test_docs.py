@@ -176,7 +176,7 @@ def test_stage_commands_compose(arguments: tuple[str, ...], tmp_path: Path, monk
 @pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("path", sorted(REPO.glob("recipes/*/README.md")), ids=name_of)
 def test_commands_of_a_page_can_run_in_order(path: Path) -> None:
-    """Before a command reads an output in an experiment of the page, it or an earlier command creates it."""
+    """Every output that is read in an experiment of the page is created by the same or an earlier command."""
     made: list[Path] = []
     for arguments in commands(path, "jahubert.run"):
         tree = compose(list(arguments))

@@ -20,8 +20,8 @@ from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.pipeline import runner
 
-# The first name has ideographic spaces at both ends. Two names contain characters at which `str.splitlines`
-# splits.
+# The stem of the first name has ideographic spaces at both ends. Two names contain characters at which
+# `str.splitlines` splits.
 NAMES = ("話者 一/\u3000朝\u2028の声\u3000.wav", "話者 一/日本語 名前.wav", "b\x85.wav", "c:1.wav", "d.wav")
 LENGTHS = (4000, 8000, 12_345, 720, 32_000)
 SPLITS = ("train", "train", "valid", "train", "valid")

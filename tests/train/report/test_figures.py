@@ -50,7 +50,7 @@ def svg_root(address: str) -> ElementTree.Element:
 
 
 def points_per_curve(address: str) -> list[int]:
-    """Return the number of points of each curve, without axes and grid."""
+    """Return the number of points of each curve, ignoring axes and grid lines."""
     lines = [path for path in svg_root(address).iter() if path.get("clip-path") and path.get("d")]
     return [path.get("d", "").count("L") + 1 for path in lines if "#b0b0b0" not in path.get("style", "")]
 

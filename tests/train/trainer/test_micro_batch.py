@@ -91,7 +91,7 @@ def test_activation_bytes_match_the_counted_ones(model, recompute, counted):
         (HubertConfig.large(), 7200.0, 80, 450.0),
         (HubertConfig.xlarge(), 5760.0, 80, 360.0),
         (HubertConfig.base(), 30.0, None, 30.0),
-        (HubertConfig.xlarge(), 5760.0, 16, 15.6),  # the longest utterance, which may not fit
+        (HubertConfig.xlarge(), 5760.0, 16, 15.6),  # length of the longest utterance, which may not fit
     ],
 )
 def test_automatic_micro_seconds(model, batch_seconds, gigabytes, expected):

@@ -100,7 +100,7 @@ def test_compiled_block_is_not_recompiled_for_every_batch_of_another_shape():
         packing.fused_attention = True
         packing.mask_B11S = (torch.arange(max(n_frames)) < torch.tensor(n_frames)[:, None])[:, None, None]
         block(torch.randn(packing.n_rows, still.width), packing)
-    assert counter.frame_count <= 4  # for the first shape, for any shape, and for batches of one row
+    assert counter.frame_count <= 4  # first shape, any other shape, and batches of one row
 
 
 @pytest.mark.slow
