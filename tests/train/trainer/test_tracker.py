@@ -1,4 +1,4 @@
-"""Tests of the setting `tracker`, with a replacement for the package wandb."""
+"""Tests of the setting `tracker`, mostly with a replacement for the package wandb."""
 
 import json
 import sys
@@ -66,6 +66,16 @@ def test_resumed_run_continues_the_same_wandb_run(wandb, tmp_path):
     assert first == resumed != other
     assert {entry.arguments["resume"] for entry in wandb.runs} == {"allow"}
     assert [step for step, _ in wandb.runs[1].rows] == [4]
+
+
+def test_installed_wandb_stores_offline_runs_with_one_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="extra wandb")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    train(Toy(), Data(), replace(CONFIG, max_steps=2), tmp_path)
+    train(Toy(), Data(), CONFIG, tmp_path)
+    stored = (tmp_path / "wandb" / "run_id.txt").read_text()
+    files = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert files == [f"run-{stored}.wandb"] * 2
 
 
 def test_environment_variables_of_wandb_are_honored(wandb, tmp_path, monkeypatch):
