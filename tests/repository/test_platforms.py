@@ -11,7 +11,7 @@ import torch
 from jahubert.errors import ConfigError
 from jahubert.model.device import pick_device
 
-# The second import uses a Python without the modules and functions that Windows lacks.
+# The second import simulates Windows, which lacks some modules and functions of POSIX systems.
 IMPORT_WITHOUT_POSIX = """
 import importlib, os, pkgutil, signal, sys
 

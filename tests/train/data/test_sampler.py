@@ -17,7 +17,7 @@ from jahubert.train.pipeline.jobs import PlannedStage, configure_job
 
 
 def reference_batches(rows, length, capacity, seed, epoch):
-    """Sort by noisy length, fill groups, balance the last two and shuffle all, as a reference."""
+    """Sort by noisy length, fill groups, balance the last two and shuffle all groups, as a reference."""
     rng = seeded_rng(seed, epoch, 0)
     groups, longest = [[]], 0
     for position in np.argsort(length * rng.uniform(0.97, 1.03, len(rows)), kind="stable"):

@@ -1,4 +1,4 @@
-"""Tests of the run lock, and of launched processes that end with their launcher."""
+"""Tests that a run locks its folder, and that launched processes end with their launcher."""
 
 from __future__ import annotations
 
