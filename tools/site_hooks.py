@@ -18,6 +18,8 @@ OUTSIDE = "about"  # folder for the pages from outside docs/
 PATTERNS = ("README.md", "README.ja.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")
 PATTERNS += ("tests/README.md", "recipes/*/*.md")
 LINK = re.compile(r"(!?)\[((?:[^\]\\]|\\.)*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+CJK = r"[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]"
+CJK_BREAK = re.compile(f"(?<={CJK})\n *(?={CJK})")
 FENCE = re.compile(r"^(```.*?^```)", re.S | re.M)
 
 
@@ -44,10 +46,15 @@ def reference() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """Rewrite the relative links outside of code blocks (see `redirect`)."""
+    """Rewrite the relative links (see `redirect`) and join Japanese lines, outside of code blocks.
+
+    Browsers show a line break within Japanese text as a space.
+    """
     source = page.file.src_uri
     parts = FENCE.split(markdown)
-    return "".join(part if part.startswith("```") else redirect(part, source, files) for part in parts)
+    return "".join(
+        part if part.startswith("```") else CJK_BREAK.sub("", redirect(part, source, files)) for part in parts
+    )
 
 
 def redirect(markdown: str, source: str, files: Any) -> str:
