@@ -1,11 +1,11 @@
-# The targets need only make and Python 3.11 with venv and pip, but neither a GPU nor system packages.
+# The targets need make and Python 3.11 with venv and pip. They need neither a GPU nor system packages.
 #   make demo        install, then run the whole pipeline on a corpus that it synthesizes
 #   make test        install, then run the default test suite on all cores
-#   make lint        formatting, lint, types, import contracts, Dockerfile
-#   make check       lint and test: what a change must pass
-#   make format      fix formatting and what ruff can fix
-#   make slow        the long tests
-#   make test-stack  a second environment (torch 2.9.1, fairseq2, faiss-gpu; 8 GB) and the tests that need it
+#   make lint        check formatting, lint rules, types, import contracts and the Dockerfile
+#   make check       run lint and test, which a change must pass
+#   make format      fix formatting and the lint errors that ruff can fix
+#   make slow        run the long tests
+#   make test-stack  install a second environment (torch 2.9.1, fairseq2; 8 GB), then run the tests that need it
 #   make package     build the wheel and the sdist, and check their metadata
 #   make docs        regenerate docs/settings.md
 #   make site        build the documentation site into site/
@@ -28,7 +28,7 @@ PARALLEL = -n $(JOBS) --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # An environment is updated in place when the pins or the declared dependencies have changed. bin/pip is the
-# last file that venv writes, so an interrupted environment is created again.
+# last file that venv writes, so an environment is created again if its creation was interrupted.
 READY := $(VENV)/.jahubert-ready
 STACK_READY := $(STACK)/.jahubert-ready
 
@@ -105,7 +105,7 @@ $(VENV)/.docs-ready: $(READY)
 site: docs $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
 
-# With CONDA_PREFIX set, fairseq2 would look for libsndfile in the conda environment instead of this one.
+# If CONDA_PREFIX is set, fairseq2 does not use the system's search path for libsndfile.
 test-stack: $(STACK_READY)
 	env -u CONDA_PREFIX $(STACK)/bin/python -m pytest -m stack $(PYTEST_ARGS)
 

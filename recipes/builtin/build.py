@@ -5,7 +5,7 @@
 
 Unless `pretrained=` names a model, the script pretrains one on recordings alone (exp/builtin-pretraining). It
 fine-tunes the model on recordings and synthetic voices (exp/builtin). Finished stages are kept and
-interrupted stages are resumed, so that the command can be repeated until it succeeds. The script then writes
+interrupted stages are resumed, so the command can be repeated until it succeeds. The script then writes
 the recognizer in float16, with a model card that contains the results of the `score` stage. The folder must
 not exceed 15 MB.
 """
@@ -71,7 +71,7 @@ FINISHED = (
 )
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
-# Settings with paths, which are replaced by "..." in the model card.
+# Settings with paths. The model card shows those in CORPORA as "..." and omits the others.
 CORPORA = ("data", "common_voice", "other_languages", "sentences", "hts_voices", "texts")
 PATHS = (*CORPORA, "exp", "pretrained")
 SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that are also passed to pretraining
@@ -83,7 +83,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--pack", metavar="EXP", help="only pack the finished experiment in this folder")
     parser.add_argument(
-        "--to", metavar="DIR", type=Path, default=Path(jahubert.__file__).parent / "assets" / NAME
+        "--to",
+        metavar="DIR",
+        type=Path,
+        default=Path(jahubert.__file__).parent / "assets" / NAME,
+        help="folder to write (default: the folder of the built-in model in the package)",
     )
     parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
     args = parser.parse_args(argv)
@@ -197,7 +201,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     record = read_record(system / "finetune" / DONE)
     bundle = load_bundle(system / "finetune")
     if bundle.ctc is None:
-        raise ConfigError(f"{system}: its bundle has no CTC head")
+        raise ConfigError(f"{system}: the fine-tuned model has no CTC head")
     info = {"name": NAME, "license": LICENSE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     calibration = score / "calibration.json"
     if calibration.is_file():
@@ -218,7 +222,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
 
 
 def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
-    """Format a table of evenly spaced texts and transcripts from a test set, or "" without this set."""
+    """Return a table of evenly spaced texts and transcripts from a test set, or "" if it was not decoded."""
     path = exp / "systems" / "main" / f"decode-{NGRAM}" / f"{split}.jsonl"
     if not path.exists():
         return ""

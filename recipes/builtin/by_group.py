@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def first_values(table: Path, column: str) -> dict[str, str]:
-    """Map speakers to their first value in a column."""
+    """Map each speaker to the first value in a column that is not empty."""
     values: dict[str, str] = {}
     for row in read_rows(table, ("speaker",)):
         if row[column]:

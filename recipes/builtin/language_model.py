@@ -21,12 +21,12 @@ read_sentences = recipe_module("voices").read_sentences
 def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
     """Estimate the n-gram model, and write it to an ARPA file.
 
-    Every sentence is counted once, although it may occur in several voices and at several speeds. Sentences
-    in the development and test splits are omitted.
+    Each distinct sentence is counted once, although it may occur in several voices and at several speeds.
+    Sentences in the development and test splits are omitted.
 
     Args:
         exp: experiment folder with the finished stages prepare and targets.
-        texts: file with additional sentences, as for the voices recipe.
+        texts: file with additional sentences, in the format of the voices recipe.
         target: path of the ARPA file, which is compressed if the name ends in .gz.
     """
     manifest = Manifest(exp / "prepare" / "manifest.arrow")
@@ -41,7 +41,7 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
 def training_sentences(
     manifest: Manifest, targets: TargetStore, held_out: set[str]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the phones and word boundaries of the training utterances that are not in `held_out`."""
+    """Yield the phones and word boundaries of the training utterances whose texts are not in `held_out`."""
     for row in manifest.indices(split="train").tolist():
         labels = targets[row]
         if len(labels) and recognized_characters(manifest[row].text) not in held_out:
@@ -49,7 +49,7 @@ def training_sentences(
 
 
 def held_out_sentences(manifest: Manifest) -> set[str]:
-    """Return the letters and digits of the texts of all splits except `train`."""
+    """Return the texts of all splits except `train`, each reduced to its letters and digits."""
     training = set(manifest.indices(split="train").tolist())
     rows = (row for row in range(len(manifest)) if row not in training)
     return {recognized_characters(manifest[row].text) for row in rows}

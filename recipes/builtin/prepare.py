@@ -3,7 +3,7 @@
 The data come from these sources:
 
 - the words of the `tofugu` recipe, single and joined, and copies of the joined words at other speeds, which
-  differ in vocal tract length and speaking rate;
+  sound like voices with another vocal tract length and speaking rate;
 - sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of the `voices` recipe;
@@ -12,9 +12,9 @@ The data come from these sources:
   patterns of the `demo` recipe contain.
 
 Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
-Voice, copies of these recordings over a simulated telephone line and in noise, synthetic sentences that do
-not occur in training, and recordings of sentences if their folder is given. Only the letters and digits of
-sentences are compared, so punctuation and character widths make no difference.
+Voice, copies of these sentences over a simulated telephone line and in noise, synthetic sentences that do not
+occur in training, and the recordings in the folder `sentences`, if it is given. Sentences count as equal if
+their letters and digits are equal; punctuation and character widths make no difference.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Config:
     texts: str | None = None  # file of sentences for the mixed voices, as in the voices recipe
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
-    speakers: Speakers = field(default_factory=Speakers)  # mixed voices, with none of the other sentences
+    speakers: Speakers = field(default_factory=Speakers)  # options for the mixed voices
     reading: float = 35.0  # minutes of training words in synthetic voices
-    speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is copied at one of them
+    speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is repeated at one of them
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
@@ -120,7 +120,7 @@ def _synthetic(
     for item in demo.synthesize(own, work / "voices", config.voices, seed):
         seen.add(recognized_characters(item.text))
         yield item if item.split == "train" else replace(item, split=f"{item.split}_made")
-    # The voices recipe also draws from the sentences of the demo recipe, some of which are now a test set.
+    # The voices recipe also draws from the sentences of the demo recipe, some of which are in test_made.
     speakers = replace(config.speakers, texts=config.texts)
     folder = expand_user(config.hts_voices) if config.hts_voices else None
     for item in voices.prepare(folder, work / "speakers", speakers, seed, seen):
@@ -148,7 +148,7 @@ def _voice(item: Utterance) -> str:
 
 
 def _texts(words: list[str], seen: set[str], seed: int) -> Iterator[str]:
-    """Yield endless texts of up to seven random words, excluding words that Open JTalk misreads.
+    """Endlessly yield texts of up to seven random words, excluding words that Open JTalk misreads.
 
     Texts whose letters and digits are in `seen` are skipped; those of all other texts are added to `seen`.
     """

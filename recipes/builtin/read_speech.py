@@ -10,7 +10,7 @@ not a client id, but was guessed from neighboring file names.
 
 Each utterance of test_cv has two copies with the same text: one over a simulated telephone line (`telephone`)
 in test_cv_phone, and one with pink noise (`noisy`) in test_cv_noise. The training augmentation has similar
-effects, but shares no code with these functions, so that changes to it do not affect the test sets.
+effects, but shares no code with these functions, so changes to the augmentation do not affect the test sets.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         DataError: the table was not found or is not UTF-8, or a row has no value in one of `columns`.
     """
     if not is_file(table):
-        raise DataError(f"{table}: file not found; it needs the columns {', '.join(columns)}")
+        raise DataError(f"{table}: file not found; expected a table with the columns {', '.join(columns)}")
     lines = io.StringIO(read_text(table), newline="")
     rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):

@@ -105,7 +105,7 @@ def find_talks(data: Path) -> dict[str, Talk]:
 
 
 def compare_copies(talk: Talk) -> Iterator[Rejected]:
-    """Yield the unused copies of the files of a talk, and the talk itself if a copy has other content."""
+    """Yield the unused copies of the files of a talk, and the talk itself if a copy has different content."""
     for used, other in talk.copies:
         if same_content(used, other):
             yield Rejected(str(other), "duplicate file", f"same content as {used}")
@@ -186,7 +186,7 @@ def _read_file_list(data: Path) -> dict[str, bool]:
         rows = []
     header = [name.strip() for name in rows[0]] if rows else []
     if "講演ID" not in header or "コア" not in header:
-        log.warning("%s: no columns 講演ID and コア; lists/core.txt is used instead of this file", path)
+        log.warning("%s: column 講演ID or コア not found; lists/core.txt is used instead of this file", path)
         return {}
     talk, core = header.index("講演ID"), header.index("コア")
     cells = {row[talk].strip(): row[core].strip().lower() for row in rows[1:] if len(row) > max(talk, core)}
@@ -245,10 +245,10 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
     for name, entries in expected.items():
         if missing := sorted(entries - talks.keys()):
             log.warning(
-                "csj: %d of the %d talks of %s not found: %s",
+                "csj: talks of %s not found (%d of %d): %s",
+                name,
                 len(missing),
                 len(entries),
-                name,
                 abbreviated(missing),
             )
     if subset == "all" and len(talks) < TALKS:

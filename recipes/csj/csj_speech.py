@@ -48,7 +48,7 @@ class SpokenSegment:
 
     @property
     def event_only(self) -> bool:
-        """Whether the segment contains only an event, such as noise, applause or a cough."""
+        """Whether the segment has no speech to recognize, for example only noise, applause or a cough."""
         return not (self.words or self.masked or self.problems)
 
     def merged_with(self, other: SpokenSegment) -> SpokenSegment:

@@ -20,9 +20,9 @@ def _hours(hours: int, minutes: int, seconds: int = 0) -> float:
     return hours + minutes / 60 + seconds / 3600
 
 
-# Other recipes join segments differently, so that hours agree within a few percent at best, and numbers of
+# Other recipes join segments differently, so hours agree within a few percent at best, and numbers of
 # utterances are comparable only if the rule is the same. KALDI contains the numbers of utterances without
-# masked names in egs/csj/s5, whose rule is join=kaldi.
+# masked names in egs/csj/s5, which joins segments by the rule join=kaldi.
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
 KALDI_DEV = _hours(6, 31)  # duration of 4,000 utterances
 LHOTSE_DEV = (3743, _hours(6, 40, 15))  # number of utterances, hours
@@ -60,7 +60,7 @@ class SplitCount:
 
 
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
-    """Log the size of every split next to published figures, the rejected items, and the empty splits.
+    """Log the size of every split with published figures, the numbers of rejected items, and empty splits.
 
     The line of a split with an unexpected number of talks is a warning.
     """

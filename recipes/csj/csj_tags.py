@@ -20,9 +20,10 @@ are resolved as follows:
 | <VN> hum like うん             | nothing; ウン with actual and in (F)  | nothing     |
 | <Q> <FV> <P:..> <笑> and noise | nothing                               | nothing     |
 
-`;` and `,` belong to the innermost enclosing tag that has alternatives, even inside a nested tag:
-`(W コ(L デ;ココデ))` is a slip for ココデ. If an alternative is missing, the other alternative is used. The
-tags are described in the manuals of the corpus (NINJAL). Kaldi and ESPnet use pron=canonical.
+`;` belongs to the innermost enclosing tag W, B, A or K or, if there is none, to the innermost M, and `,` to
+the innermost `?`, even inside other nested tags: `(W コ(L デ;ココデ))` is a slip for ココデ. If there is only
+one alternative, it is used. The tags are described in the manuals of the corpus (NINJAL). Kaldi and ESPnet
+use pron=canonical.
 """
 
 from __future__ import annotations

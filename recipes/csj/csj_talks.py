@@ -23,7 +23,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, read_reliably
 # Reasons for rejection
 BROKEN, NO_TIMES = "broken transcript", "broken phone times"
 NO_AUDIO, NO_TRANSCRIPT = "no audio", "no transcript"
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which a segment may exceed the audio
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which a segment may extend beyond the audio
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def check_talk(talk: Talk, options: TagOptions) -> TalkCheck:
 def _missing(talk: Talk) -> Rejected:
     """Reject a talk without a transcript or without audio."""
     found = next(iter((*talk.transcripts.values(), *talk.audio.values())))
-    return Rejected(talk.id, NO_AUDIO if talk.transcripts else NO_TRANSCRIPT, f"found only {found}")
+    return Rejected(talk.id, NO_AUDIO if talk.transcripts else NO_TRANSCRIPT, f"found {found}")
 
 
 def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utterance | Rejected]:

@@ -26,7 +26,7 @@ _TALK, _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 2, 3, 5, 10  # columns of an SDB fi
 _SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
-UNKNOWN = ""  # symbol of a phone whose time is known, but whose label is not
+UNKNOWN = ""  # symbol of a phone with an unreadable label or time
 # Signs of a wrong encoding: the replacement for bytes that cannot be decoded, and half-width kana.
 _BAD = re.compile("[\ufffd\uff61-\uff9f]")
 _TALK_ID = re.compile(TALK_ID, re.IGNORECASE)
@@ -119,7 +119,9 @@ def _sdb_word(line: int, columns: list[str]) -> Word:
     padded = (*columns, *[""] * _PRONUNCIATION)
     word = Word(line, padded[_ORTHOGRAPHY], padded[_PRONUNCIATION])
     if len(columns) <= _PRONUNCIATION and not _is_event(word.orthography):
-        word.problem = f"{len(columns)} columns, but the pronunciation is column {_PRONUNCIATION + 1}"
+        word.problem = (
+            f"found {len(columns)} columns, but the pronunciation is in column {_PRONUNCIATION + 1}"
+        )
     return _check_encoding(word)
 
 
@@ -210,7 +212,7 @@ class XmlTranscript:
 
     segments: list[Segment] = field(default_factory=list)
     phones: list[PhoneTime] = field(default_factory=list)  # only core talks have phones
-    problems: list[str] = field(default_factory=list)  # phone labels that cannot be read, with file:line
+    problems: list[str] = field(default_factory=list)  # unreadable phone labels and times, with file:line
 
 
 def read_xml(path: Path) -> XmlTranscript:

@@ -34,9 +34,9 @@ _MAX_LISTED = 20  # maximum number of problems in a message
 class Config(TalkOptions):
     subset: str = "core"  # core, all, or a file that lists the training talks, one per line
     dev: Literal["lhotse", "kaldi"] = "lhotse"  # lhotse: 39 talks; kaldi: the first 4,000 training utterances
-    # Maximum fraction of damaged talks, and of unreadable segments in the others. A talk is damaged if it has
-    # no usable transcript or audio, or if more than this fraction of its segments are unreadable. The run
-    # ends if more than this fraction (and more than one) are damaged. 0: a single one ends the run.
+    # Maximum fraction of damaged talks, and of unreadable segments in the other talks. A larger fraction ends
+    # the run. A talk is damaged if it has no usable transcript or audio, or if a larger fraction of its
+    # segments is unreadable. A single damaged talk or unreadable segment is accepted, unless max_broken is 0.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -46,9 +46,9 @@ class Config(TalkOptions):
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield rejected items, and utterances `<talk>_<start>_<end>`, with times in milliseconds.
+    """Yield rejected items, and utterances with the ids `<talk>_<start>_<end>` (times in milliseconds).
 
-    In dialogues, `<talk>` is followed by `-L` or `-R`.
+    In dialogues, `-L` or `-R` follows the talk.
 
     All transcripts are checked before any audio is read, so that problems are reported within minutes. The
     test sets are yielded first, followed by dev and by the training talks in random order, so that the first
@@ -120,7 +120,8 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
         if check.rejected:
             damaged[id] = f"{check.rejected.reason}: {check.rejected.detail}"
         elif too_many(check.n_broken, check.n_segments, config.max_broken):
-            damaged[id] = f"{check.n_broken} of {check.n_segments} segments: {check.problems[0]}"
+            counted = f"unreadable segments: {check.n_broken} of {check.n_segments}"
+            damaged[id] = f"{counted}; first problem: {check.problems[0]}"
     _check_share(damaged, len(talks), config)
     if damaged:
         log.warning("%s\nTheir unusable utterances are rejected", _damage(damaged, len(talks)))
@@ -135,7 +136,7 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
     n_segments, n_broken = sum(check.n_segments for check in others), sum(check.n_broken for check in others)
     if n_broken:
         problems = [problem for check in others for problem in check.problems]
-        message = f"csj: {n_broken} of {n_segments} segments cannot be read:{_listed(problems)}"
+        message = f"csj: unreadable segments ({n_broken} of {n_segments}):{_listed(problems)}"
         if too_many(n_broken, n_segments, config.max_broken):
             raise DataError(f"{message}\n{_remedy(config)}")
         log.warning("%s\nThe utterances in these segments are rejected", message)
@@ -151,7 +152,7 @@ def _check_share(damaged: Mapping[str, str], n_talks: int, config: Config) -> No
 
 def _damage(damaged: Mapping[str, str], n_talks: int) -> str:
     problems = [f"{id}: {problem}" for id, problem in damaged.items()]
-    return f"csj: {len(damaged)} of {n_talks} talks are damaged:{_listed(problems)}"
+    return f"csj: damaged talks ({len(damaged)} of {n_talks}):{_listed(problems)}"
 
 
 def _listed(problems: Sequence[str]) -> str:
@@ -161,15 +162,15 @@ def _listed(problems: Sequence[str]) -> str:
 
 def _remedy(config: Config) -> str:
     return (
-        f"Fix the files, or increase prepare.options.max_broken (now {config.max_broken}) to reject these "
-        "utterances"
+        f"Fix the files, or increase prepare.options.max_broken (now {config.max_broken}) to reject only the "
+        "affected utterances"
     )
 
 
 def _ordered_talks(sets: dict[str, str], seed: int, shuffle: Callable[[], bool]) -> Iterator[str]:
-    """Yield the talks in the test sets, in dev and in train. The talks of each set are ordered by id.
+    """Yield the talks in the test sets, in dev and in train.
 
-    Once `shuffle` returns True, the remaining training talks are yielded in random order.
+    Training talks are ordered by id until `shuffle` returns True; the remaining ones follow in random order.
     """
     for name in (*EVALS, "dev"):
         yield from (talk for talk in sets if sets[talk] == name)

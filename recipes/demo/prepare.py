@@ -2,7 +2,7 @@
 
 Nothing is downloaded. The voice is part of pyopenjtalk-plus (HTS voice "Mei", CC BY 3.0, MMDAgent Project
 Team). All phone times are exact: at speed 1.0, the number of 5 ms frames of a phone depends only on its
-context label, so that a copy of the voice with a frame length of one sample yields the frame counts of labels
+context label, so a copy of the voice with a frame length of one sample yields the frame counts of labels
 almost instantly. A speaker is a copy of the voice with its own pitch, frame length (which scales all
 durations) and frequency warping (which changes the vocal tract length).
 """
@@ -90,7 +90,7 @@ class Line:
 
 
 def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `demo-<split>-NNNNN` in the splits train, dev and test, which share no sentences.
+    """Yield the utterances `demo-<split>-NNNNN` of the splits train, dev and test, which share no sentences.
 
     Audio is written to `work` as 16 kHz FLAC. Existing files are kept.
 
@@ -120,7 +120,7 @@ def synthesize(texts: Iterable[str], work: Path, config: Config, seed: int) -> I
 def _plan(texts: Iterable[str], work: Path, config: Config, seed: int) -> Iterator[tuple[Line, Utterance]]:
     """Yield the parameters and the utterance of each sentence for test, dev and train, in this order.
 
-    The utterances have a total duration of `minutes`, unless the texts end.
+    The utterances have a total duration of `minutes`, unless the texts end first.
     """
     total = config.minutes * 60 * SAMPLE_RATE
     left = {"test": total * config.test_share, "dev": total * config.dev_share}
@@ -183,7 +183,7 @@ def align(words: Sequence[Word], labels: Sequence[str], samples: Sequence[int]) 
         samples: number of samples for each label.
 
     Raises:
-        JahubertError: the labels have other phones than the words.
+        JahubertError: the phones of the labels and of the words differ.
     """
     label_phones = [_phone_of(label) for label in labels]
     kana = " ".join(word.kana for word in words)

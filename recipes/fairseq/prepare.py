@@ -21,5 +21,5 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         )
     for tsv in find_tsv_files(data):
         for entry in read_tsv(tsv, config.root):
-            # The length is measured and not taken from the .tsv, because units are later checked against it.
+            # The length in the .tsv is not used, because units are later checked against the measured length.
             yield Utterance(entry.id, entry.audio, split=tsv.stem)

@@ -4,7 +4,8 @@
 
 The script pretrains in exp/languages-japanese and exp/languages-other, fine-tunes and scores the systems of
 the recipe in exp/languages, and prints a table of their error rates. Finished stages are kept and interrupted
-stages are resumed, so the command can be repeated until it succeeds. It accepts all settings of the stages.
+stages are resumed, so the command can be repeated until it succeeds. The script accepts all settings of the
+stages.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def pretraining_jobs(tree: dict[str, Any]) -> list[list[str]]:
 def table(exp: Path, systems: list[str]) -> str:
     """Format the error rates of all systems in Markdown.
 
-    The difference of a PER is from the system that was pretrained on Japanese and fine-tuned on as many
-    labels.
+    Each PER is compared with that of the system that was pretrained on Japanese and fine-tuned on the same
+    number of labels.
     """
     lines = [
         "| system | labels, min | updates | PER, % | difference from `japanese` | p | kana CER, % |",

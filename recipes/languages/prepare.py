@@ -36,7 +36,9 @@ class Config:
         if self.minutes <= 0:
             raise ConfigError(f"minutes must be positive; found {self.minutes}")
         if self.clips.speeds:
-            raise ConfigError("clips.speeds must be empty: copies at other speeds would count as minutes")
+            raise ConfigError(
+                "clips.speeds must be empty, because copies at other speeds would count toward minutes"
+            )
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:

@@ -2,7 +2,7 @@
 
 Recordings in compressed parquet pages cannot be read by byte range. They are therefore copied once, without
 decoding, to an uncompressed tar file. An Arrow file next to the tar file contains the name, caption, byte
-range and length of each recording, so that the tar file need not be read again. A shard is converted again if
+range and length of each recording, so the tar file need not be read again. A shard is converted again if
 the size or modification time of its parquet file changes.
 """
 

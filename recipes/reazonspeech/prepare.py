@@ -49,8 +49,9 @@ class Config:
     dev: int = 1000  # number of utterances at the start of the corpus
     test: int = 100  # number of utterances after the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
-    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. The
-    # run ends if more than this fraction (and more than one) are unusable. 0: a single one ends the run.
+    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. A
+    # larger fraction ends the run. A single damaged shard or unusable recording is accepted, unless
+    # max_broken is 0.
     max_broken: float = 0.05
 
     def __post_init__(self) -> None:
@@ -63,8 +64,8 @@ class Config:
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterances | Rejected]:
     """Yield recordings with ids `<shard>/<name>` and rejected items, shard by shard.
 
-    `work/index` caches the members of each shard. An interrupted run can therefore be resumed, and only new
-    shards are read if shards are added.
+    The members of each tar shard are stored in `work/index`, and converted parquet shards in `work/shards`.
+    An interrupted run can therefore be resumed, and if shards are added, only these are read.
 
     Raises:
         DataError: the table of the subset or all of its shards are missing, or too many shards or recordings
@@ -187,7 +188,7 @@ class _Limit:
             yield item
 
     def check(self) -> None:
-        """Raise DataError if too many recordings are unusable, or if no recording is left."""
+        """Raise DataError if too many recordings are unusable, or if damage leaves no recording."""
         total = self.n_broken + self.n_usable
         is_empty = not self.n_usable
         if self.first_broken and (
@@ -199,9 +200,9 @@ class _Limit:
 
     def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
         return (
-            f"reazonspeech: {n} of {total} {items} are unusable; first problem: {first.id}: {first.reason} "
+            f"reazonspeech: unusable {items}: {n} of {total}; first problem: {first.id}: {first.reason} "
             f"({first.detail}). Download the files again, or increase prepare.options.max_broken (now "
-            f"{self.max_broken}) to leave out these {items}"
+            f"{self.max_broken}) to leave out unusable {items}"
         )
 
 

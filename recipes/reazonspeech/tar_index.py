@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("shards", type=Path, help="folder with 000.tar ... fff.tar")
     parser.add_argument("index", type=Path, help="work/index of stage=prepare, on a shared file system")
     parser.add_argument("--part", default="1/1", help="part to index, e.g. 2/4 for the second of four parts")
-    parser.add_argument("--processes", type=int, default=usable_cores())
+    parser.add_argument(
+        "--processes", type=int, default=usable_cores(), help="number of processes (default: one per core)"
+    )
     args = parser.parse_args()
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
     if part is None or int(part[1]) > int(part[2]):
@@ -217,7 +219,7 @@ def main() -> None:
     if not shards:
         parser.error(f"{args.shards}: no shards such as 000.tar in part {args.part}")
     rows = sum(len(index["names"]) for index in index_shards(shards, args.index, args.processes))
-    print(f"{len(shards)} shards with {rows} recordings indexed in {args.index}")
+    print(f"{args.index}: indexed shards: {len(shards)}, recordings: {rows}")
 
 
 def _run(job: list[Any]) -> Iterator[str]:

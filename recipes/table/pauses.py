@@ -17,8 +17,7 @@ _PAUSE = 30  # number of energy values to average (0.3 s)
 def cut_at_pauses(audio: AudioSource, start: int, end: int, max_samples: int) -> Iterator[tuple[int, int]]:
     """Split a recording into parts of at most `max_samples` samples, cutting at the quietest 0.3 s.
 
-    A cut is always in the second half of the longest possible part, so that only the last part can be very
-    short.
+    A cut is always in the second half of the longest possible part, so only the last part can be very short.
 
     Yields:
         The start and the end of each part in 16 kHz samples.

@@ -1,8 +1,8 @@
 """Reader for your own recordings: tables, corpus folders, and manifests from other toolkits.
 
 `data` is a csv, tsv, jsonl or parquet file, a Common Voice release, a Kaldi data directory, an ESPnet dump, a
-lhotse cut manifest, or a folder of audio files with .txt or .lab files (table_sources.py). If the input does
-not define splits, speakers are assigned to train, dev and test.
+lhotse cut manifest, or a folder of audio files with .txt or .lab files (table_sources.py). If the input
+defines no dev or test split, some of the training speakers are assigned to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, is_folder, r
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which an end time may exceed the audio, because of rounding
+_TOLERANCE = SAMPLE_RATE // 10  # samples by which an end time may be beyond the audio, because of rounding
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Config:
     # Maximum length of an utterance in seconds. A longer recording is cut at pauses if it has no text. A
     # longer recording with text is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
-    # Maximum share of rows that are rejected. The run ends if more than this share (and more than one) are
-    # rejected, or if no row is left. 0: any rejected row ends the run.
+    # Maximum share of rejected rows. The run ends if a larger share is rejected or if no row is left. A
+    # single rejected row is accepted, unless max_rejected is 0.
     max_rejected: float = 0.2
 
     def __post_init__(self) -> None:
@@ -107,8 +107,8 @@ def _check_share(data: Path, rejected: Sequence[Rejected], n_usable: int, config
         limit = f"prepare.options.max_rejected (now {config.max_rejected:g})"
         remedy += f", or increase {limit} to leave these rows out"
     raise DataError(
-        f"{data}: {len(rejected)} of {n_usable + len(rejected)} rows are unusable ({counted}); first "
-        f"problem: {rejected[0].detail or rejected[0].id}; {remedy}"
+        f"{data}: unusable rows: {len(rejected)} of {n_usable + len(rejected)} ({counted}); first problem: "
+        f"{rejected[0].detail or rejected[0].id}; {remedy}"
     )
 
 
@@ -129,7 +129,7 @@ def _split_duplicates(rows: Sequence[Row]) -> tuple[list[Row], list[Rejected]]:
     duplicates = []
     for row in rows:
         if row.id in first:
-            detail = f"{row.where}: id {quote(row.id)} is already at {first[row.id].where}"
+            detail = f"{row.where}: id {quote(row.id)} already occurs at {first[row.id].where}"
             duplicates.append(Rejected(row.id, "duplicate id", detail))
         else:
             first[row.id] = row

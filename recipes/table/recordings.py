@@ -40,10 +40,10 @@ class Recording:
 
 
 def read_recordings(rows: Sequence[Row], max_samples: int, folder: Path) -> dict[Path, Recording | str]:
-    """Measure the recordings of `rows` in parallel, and convert those of which parts are used if necessary.
+    """Measure the recordings of `rows` in parallel, and convert recordings that cannot be read in parts.
 
-    A recording that is used in parts is converted to 16 kHz if its parts cannot be read by seeking, because
-    the whole file would be decoded for each part. Copies that exist are kept.
+    A recording that is used in parts is converted to 16 kHz FLAC if its parts cannot be read by seeking,
+    because the whole file would be decoded for each part. Existing copies are kept.
 
     Args:
         max_samples: maximum length of an utterance. Longer recordings without text are used in parts.
@@ -88,7 +88,7 @@ def _read(
     path: Path, rows: Sequence[Row], max_samples: int, folder: Path, stop: threading.Event
 ) -> Recording | str:
     try:
-        # Measuring some formats takes as long as decoding. A row with a start is a part in any case.
+        # For some formats, measuring takes as long as decoding. A row with a start is a part in any case.
         n_samples = None if any(row.start > 0 for row in rows) else _length(path)
         is_whole = n_samples is not None and not any(_is_part(row, n_samples, max_samples) for row in rows)
         if not is_whole and not read_reliably(lambda: is_seekable(path), path):

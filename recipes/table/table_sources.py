@@ -200,7 +200,7 @@ def _seconds(value: str | float) -> float:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded, unlike one with half of a surrogate pair."""
+    """Return whether a text contains no surrogates, which cannot be encoded as UTF-8."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
@@ -242,7 +242,7 @@ def _delimited_records(path: Path, delimiter: str) -> _Records:
 
 
 def _peek(lines: Iterator[tuple[int, str]], ahead: deque[tuple[int, str]], n: int) -> list[str]:
-    """Return up to `n` next lines, which remain in `ahead`."""
+    """Return the next `n` lines, or fewer at the end, and keep them in `ahead`."""
     ahead.extend(islice(lines, max(0, n - len(ahead))))
     return [text for _, text in islice(ahead, n)]
 
@@ -379,7 +379,7 @@ class _KaldiTable:
                 continue
             reason, detail = "malformed line", _encoding_problem(line)
             if not detail and key in self.lines:
-                reason, detail = "duplicate id", f"{quote(key)} is already at line {self.lines[key][0]}"
+                reason, detail = "duplicate id", f"{quote(key)} already occurs in line {self.lines[key][0]}"
             if detail:
                 self.broken.add(key)
                 shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -451,7 +451,9 @@ def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
     paths, errors = find_audio(folder)
     paths = [path for path in paths if not path.absolute().is_relative_to(exclude.absolute())]
     if not paths:
-        raise DataError(f"{folder}: no audio found; expected files such as {', '.join(AUDIO_ENDINGS[:4])}")
+        raise DataError(
+            f"{folder}: no audio found; expected file name endings such as {', '.join(AUDIO_ENDINGS[:4])}"
+        )
     for error in errors:
         yield Rejected(os.fsdecode(error.filename), "unreadable folder", str(error))
     for path in paths:

@@ -69,7 +69,7 @@ class _Word:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
+    """Yield the utterances `word-<split>-NNNNN` and `joined-<split>-NNNNN`, and rejected files.
 
     Training words are randomly divided into ten parts, each of which is followed by its joined utterances.
     The first tenth of the training utterances therefore contains only a tenth of the words, as required for
@@ -82,8 +82,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     """
     if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:
         raise ConfigError(
-            "tofugu: max_seconds must be at least 2 * min_seconds, and dev_share + test_share below 1; "
-            f"found {config}"
+            "tofugu: min_seconds must be above 0, max_seconds at least 2 * min_seconds, and dev_share + "
+            f"test_share below 1; found {config}"
         )
     parsed = [_parse_name(path) for path in _files(data)]
     yield from (item for item in parsed if isinstance(item, Rejected))

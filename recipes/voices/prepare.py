@@ -58,7 +58,7 @@ class Config:
     minutes: float = 60.0  # total duration of all splits
     dev_share: float = 0.03  # fraction of the minutes in dev
     test_share: float = 0.05  # fraction of the minutes in test
-    speakers: int = 200  # number of speakers in train; dev and test have others, a tenth as many each
+    speakers: int = 200  # number of speakers in train; dev and test each have a tenth as many other ones
     alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 means no change
     # Range of the pitch shift in semitones, in addition to the shift that depends on alpha.
     half_tones: tuple[float, float] = (-4.0, 4.0)
@@ -107,12 +107,12 @@ class Speaker:
 def prepare(
     data: Path | None, work: Path, config: Config, seed: int, seen: set[str] | None = None
 ) -> Iterator[Utterance | Rejected]:
-    """Yield utterances `voices-<split>-NNNNN`; the splits share neither sentences nor speakers.
+    """Yield the utterances `voices-<split>-NNNNN`. The splits share neither sentences nor speakers.
 
     `data` is a folder that contains HTS voices at any depth. Without it, only the voice of pyopenjtalk-plus
     is used. Audio is written to `work` as 16 kHz FLAC, and existing files are kept.
 
-    With `neural_minutes`, utterances `neural-train-NNNNN` with other sentences follow.
+    If `neural_minutes` is positive, the utterances `neural-train-NNNNN` with other sentences follow.
 
     Args:
         seen: see `synthesize`.
@@ -163,7 +163,7 @@ def synthesize(
             digits of each sentence taken from `texts` are added to this set.
 
     Yields:
-        Utterances, whose audio exists, and rejected sentences.
+        Utterances whose audio has been written, and rejected sentences.
     """
     seen = excluded_sentences(config) if seen is None else seen
     plan = _plan(texts, work, config, seed, find_voices(data), seen)
@@ -237,7 +237,7 @@ def _plan(
 ) -> Iterator[tuple[Line, Utterance] | Rejected]:
     """Yield the parameters and the utterance of each sentence for test, dev and train, in this order.
 
-    The utterances have a total duration of `minutes`, unless the texts end. A sentence that cannot be
+    The utterances have a total duration of `minutes`, unless the texts end first. A sentence that cannot be
     synthesized is yielded as rejected.
     """
     total = config.minutes * 60 * SAMPLE_RATE
@@ -270,7 +270,7 @@ def _plan(
                 del splits[0]
     if splits:
         done = config.minutes - sum(max(0.0, n) for n in remaining.values()) / 60 / SAMPLE_RATE
-        log.warning("voices: the sentences end after %.1f of %g minutes", done, config.minutes)
+        log.warning("voices: ran out of sentences after %.1f of %g minutes", done, config.minutes)
 
 
 def _utterance(
@@ -378,7 +378,7 @@ def _phrases(texts: Iterable[str], seen: set[str]) -> Iterator[tuple[str, list[l
 def _mix(given: Sequence[str], own_share: float, seed: int) -> Iterator[str]:
     """Yield each given sentence once, randomly mixed with sentences from the demo recipe.
 
-    Unless `own_share` is 0, the iterator never ends, because the demo recipe has endless sentences.
+    Unless `own_share` is 0, the iterator never ends, because the demo recipe generates sentences endlessly.
     """
     rng = random.Random(f"texts {seed}")
     own = demo.sentences(seed) if own_share > 0 else iter(())

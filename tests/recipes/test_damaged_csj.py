@@ -215,7 +215,7 @@ def test_many_damaged_talks_end_the_run(trees, tmp_path):
             path.unlink()
             if content is not None:
                 path.write_bytes(content)
-        with pytest.raises(DataError, match=r"2 of 5 talks(.|\n)*A01F0055(.|\n)*max_broken"):
+        with pytest.raises(DataError, match=r"damaged talks \(2 of 5\)(.|\n)*A01F0055(.|\n)*max_broken"):
             prepared(root)
         found, rejected = prepared(root, max_broken=0.5)
         assert {id[:8] for id in found} == set(IDS[2:])

@@ -170,7 +170,7 @@ def test_many_damaged_shards_end_the_run(releases, tmp_path, form):
     paths = sorted(path for path in data.rglob(f"*.{form}") if "parquet/" not in str(path.relative_to(data)))
     for path in paths[:2]:
         path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DataError, match=rf"2 of 4 shards.*{paths[0].name}.*max_broken"):
+    with pytest.raises(DataError, match=rf"unusable shards: 2 of 4.*{paths[0].name}.*max_broken"):
         prepared(data, tmp_path / "work")
     found, rejected = prepared(data, tmp_path / "work", max_broken=0.5)
     assert len(found) == 2 * ROWS
@@ -186,7 +186,7 @@ def test_unusable_release_ends_the_run(releases, tmp_path):
         for path in data.rglob(f"*.{form}"):
             path.write_bytes(b"")
         for max_broken in (0.05, 1.0):
-            with pytest.raises(DataError, match=r"[1-4] of 4 shards|48 of 48 recordings"):
+            with pytest.raises(DataError, match=r"unusable (shards: [1-4] of 4|recordings: 48 of 48)"):
                 prepared(data, tmp_path / f"{form} work", max_broken=max_broken)
 
 

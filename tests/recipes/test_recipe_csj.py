@@ -247,7 +247,7 @@ def broken_sdb(root: Path, change) -> Path:
         (lambda x: [x[0] + b"\x81\xff", *x[1:]], "", 0),
         (lambda x: [_with_column(x[0], 10, b"\x81\xff"), *x[1:]], "sdb:1: not Shift_JIS", 1),
         (lambda x: [_with_column(x[0], 5, b"\x81\xff"), *x[1:]], "", 0),
-        (lambda x: [b"\t".join(x[0].split(b"\t")[:10]), *x[1:]], "sdb:1: 10 columns.*column 11", 1),
+        (lambda x: [b"\t".join(x[0].split(b"\t")[:10]), *x[1:]], "sdb:1: found 10 columns.*column 11", 1),
         (lambda x: [_with_column(x[0], 10, b"(Z A)"), *x[1:]], r"sdb:1: unknown tag \(Z", 1),
         (lambda x: [_with_column(x[0], 5, b"(Z A)"), *x[1:]], "", 0),
         (lambda x: [_with_column(x[0], 10, b"(F A"), *x[1:]], r"sdb:1: the tag \(F", 1),
@@ -363,7 +363,9 @@ def test_missing_files_are_reported(usb, tmp_path):
     (tmp_path / "MORPH" / "SDB" / "core" / "S00M0075.sdb").unlink()
     rejected = {(item.id, item.reason) for item in read(tmp_path, tmp_path, max_broken=0.7)[1]}
     assert {("A01F0055", "no audio"), ("S00M0075", "no transcript")} <= rejected
-    with pytest.raises(DataError, match=r"2 of 3 talks(.|\n)*A01F0055: no audio(.|\n)*max_broken"):
+    with pytest.raises(
+        DataError, match=r"damaged talks \(2 of 3\)(.|\n)*A01F0055: no audio(.|\n)*max_broken"
+    ):
         read(tmp_path, tmp_path)
 
 
@@ -400,7 +402,7 @@ def test_talks_of_every_set_are_counted_and_missing_ones_reported(usb, tmp_path,
     assert "csj eval1: 1 of 10 talks, 3 utterances, 0.00 h" in caplog.text
     assert "csj dev: 2 of 39 talks" in caplog.text
     assert "csj train: 3 of 3,227 talks" in caplog.text
-    assert "9 of the 10 talks of eval1 not found: A01M0097 A01M0137 A03M0106" in caplog.text
+    assert "talks of eval1 not found (9 of 10): A01M0097 A01M0137 A03M0106" in caplog.text
     assert "found 9 of the 3302 talks" in caplog.text
     read(usb, tmp_path, subset="core")
-    assert "197 of the 201 talks of core not found: A01F0067" in caplog.text
+    assert "talks of core not found (197 of 201): A01F0067" in caplog.text

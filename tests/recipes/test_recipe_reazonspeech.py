@@ -212,7 +212,7 @@ def test_indexing_is_shared_by_two_machines(tmp_path, monkeypatch):
             cwd=RECIPE.parents[2],
         )
         assert done.returncode == 0, done.stderr
-        assert f"{shards} shards with {rows} recordings" in done.stdout
+        assert f"indexed shards: {shards}, recordings: {rows}" in done.stdout
     monkeypatch.setattr(tar_index, "index_shard", lambda shard: pytest.fail(f"{shard} was read again"))
     items = list(recipe.prepare(data, tmp_path / "work", recipe.Config(processes=1), 0))
     assert sum(len(item) for item in items) == 250
@@ -270,7 +270,7 @@ def test_damaged_members_are_rejected(tmp_path):
 def test_release_with_only_an_unusable_recording_ends_the_run(tmp_path):
     release = Release(tmp_path / "corpus", shards=1, rows=0)
     release.add(0, name_of(0, 0), b"not audio" * 200, "違います")
-    with pytest.raises(DataError, match=r"1 of 1 recordings.*unusable audio"):
+    with pytest.raises(DataError, match=r"unusable recordings: 1 of 1.*unusable audio"):
         read(release.write(), tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_damaged_parquet_recordings_and_files_are_rejected(tmp_path):
     release.add(0, "text.flac", b"not audio" * 200, "違います")
     release.add(0, "長い" * 40 + ".flac", flac(4000), "長い名前")
     data = release.write_parquet()
-    with pytest.raises(DataError, match=r"2 of 5 recordings.*empty\.flac.*max_broken"):
+    with pytest.raises(DataError, match=r"unusable recordings: 2 of 5.*empty\.flac.*max_broken"):
         read(data, tmp_path / "work")
     rows, rejected = read(data, tmp_path / "work", max_broken=1.0)
     assert [item.text for item in rows][2:] == ["長い名前"]

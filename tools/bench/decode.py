@@ -7,13 +7,12 @@ The script prints median milliseconds per utterance from runs that alternate bet
 jahubert row by row, and flashlight, which uses one thread. The log-probabilities resemble the output of a
 trained model: most frames are blank, the others have confident labels from random sentences, and noise is
 added. The symbol n-gram (order 6) and the word n-gram (order 3, with a lexicon of 5,000 words) are trained on
-other random sentences.
-flashlight reads the n-grams from the same ARPA files through KenLM.
+other random sentences. flashlight reads the n-grams from ARPA files through KenLM.
 
 `at least as good` is the fraction of utterances for which the exact score of jahubert's answer (CTC
 probability by `ctc_loss`, plus the weighted n-gram) is not lower than the score of flashlight's answer. Both
-decoders sum over the paths of a sequence. Without flashlight (`pip install flashlight-text kenlm`, Python up
-to 3.12), only jahubert is timed.
+decoders sum over the alignments of a label sequence. Without flashlight (`pip install flashlight-text kenlm`,
+Python up to 3.12), only jahubert is timed.
 """
 
 from __future__ import annotations

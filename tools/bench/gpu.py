@@ -2,17 +2,17 @@
 
     tools/bench/gpu.sh                    # prints a table and writes gpu_bench.json
     tools/bench/gpu.sh --only step large  # runs only these sections
-    tools/bench/gpu.sh --small            # quick check of the script on a CPU, whose figures are meaningless
+    tools/bench/gpu.sh --small            # quick check of the script on a CPU; the figures are meaningless
 
 The script requires torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured
-for comparison if they can be imported. The device tests require pytest, and with the training engine, labels
-and k-means they require the extra `train`. Sections whose packages are missing, and sections that are
-expected to end after `--minutes`, are listed as skipped. Steps of all models are interleaved in one process,
-and times are medians. Memory is the peak above the memory of weights, gradients and optimizer state. "Of
-peak" is the FLOP/s required for the valid frames, divided by the FLOP/s of a large matrix product in the same
-run. The column "goal" contains the project's goals, which are lower or upper limits. A list of all goals,
-including those that were not measured, follows the table. The JSON file is written after each section. The
-exit status is 1 if a section or a device test failed.
+for comparison if they can be imported. The device tests require pytest. The device tests and the sections
+engine, labels, kmeans and compiled require the extra `train`. Sections whose packages are missing, and
+sections that are expected to end after `--minutes`, are listed as skipped. Steps of all models are
+interleaved in one process, and times are medians. Memory is the peak above the memory of weights, gradients
+and optimizer state. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s of a large
+matrix product in the same run. The column "goal" contains the project's goals, which are lower or upper
+limits. A list of all goals, including those that were not measured, follows the table. The JSON file is
+written after each section. The exit status is 1 if a section or a device test failed.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def environment(run: Settings) -> dict[str, Any]:
 
 
 def run_section(name: str, report: Report, device: torch.device, small: bool) -> str:
-    """Run a section, and return how it ended. An error does not prevent the following sections."""
+    """Run a section, and return its outcome. An error does not prevent the following sections."""
     try:
         free_memory(device)
         with tempfile.TemporaryDirectory() as folder:

@@ -57,7 +57,7 @@ class Report:
         return next((row["value"] for row in self.rows if row["name"] == name), None)
 
     def goals(self) -> list[str]:
-        """Return one line per goal, also for those that were not measured."""
+        """Return one line per goal, including those that were not measured."""
         lines = []
         for name in GOALS:
             value = self.value(name)

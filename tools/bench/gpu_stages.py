@@ -63,7 +63,7 @@ def check_train_extra() -> None:
 
 
 def engine(report: Report, run: Settings, compiled: bool = False) -> None:
-    """Time 20 updates of 2,800 s in the training engine after 5 warm-up updates; 5 updates if compiled."""
+    """Time 20 updates of 2,800 s (5 if compiled) in the training engine, after 5 warm-up updates."""
     check_train_extra()
     from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainData
     from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -108,7 +108,8 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
     out.mkdir()
     module = Pretrainer(model, 500, unit_dim=256, temperature=0.1, penalty=10.0, seed=0)
     graphs_before = compiled_graphs()
-    with torch.compiler.set_stance("force_eager" if run.small else "default"):  # a CPU compiles for minutes
+    stance = "force_eager" if run.small else "default"  # compilation for a CPU takes minutes
+    with torch.compiler.set_stance(stance):
         train(module, data, config, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     seconds = sum(row["timing"]["seconds"] for row in rows)

@@ -37,7 +37,7 @@ def kernel_times(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
     """
     times: dict[str, float] = {}
     for event in events:
-        # The profiler creates these values, so they equal the members of the enum, but are other objects.
+        # Compare by value: the profiler's device types equal the members of the enum, but are other objects.
         is_range = getattr(event, "is_user_annotation", False)  # missing in old versions of torch
         if is_range or event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU):
             continue

@@ -122,7 +122,7 @@ class Torchaudio(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         lengths = torch.tensor(batch.n_samples, device=batch.wav_BT.device)
         logits_NK, _, penalty = self.model(batch.wav_BT, batch.unit_BS, lengths)
-        # Column 0 is the target unit.
+        # Column 0 contains the logit of the target unit.
         target_N = torch.zeros(len(logits_NK), dtype=torch.long, device=logits_NK.device)
         return F.cross_entropy(logits_NK.float(), target_N) + PENALTY * penalty
 
@@ -262,7 +262,7 @@ PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
 
 
 def products(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Return the CPU time in seconds of a step, and of the matrix products and convolutions in it."""
+    """Return the time of a step, and the CPU time of its matrix products and convolutions, in seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = trainer.step(batch)
     return seconds, sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in PRODUCTS) / 1e6

@@ -60,7 +60,7 @@ from jahubert.train.trainer.checkpoints import checkpoint_damage
 
 UNREAD = ("started.json", "events.out.tfevents")
 BLOCK = 64  # number of bytes in a zeroed block
-# Commands that read files of stages other than bundles. `convert` and `plan` read the manifest.
+# Commands that read outputs of stages that are not bundles. `convert` and `plan` read the manifest.
 EXPERIMENT_READERS = ("run", "convert", "ngram", "plan", "status")
 BUNDLE_READERS = ("transcribe", "features", "units", "info", "convert")
 NGRAM_READERS = ("transcribe", "perplexity", "run")
@@ -223,7 +223,7 @@ def sweep_language_models(sweep: Sweep, exp: Path) -> None:
         (ngram, lambda: pickle.dumps(read_arpa(ngram))),
         (compressed, lambda: read_lexicon(compressed, symbols)),
     )
-    damages = [damage for damage in DAMAGES if damage is not swap]  # these files do not identify themselves
+    damages = [damage for damage in DAMAGES if damage is not swap]  # the readers accept any intact file
     for path, read in readers:
         expected = read()
 

@@ -1,9 +1,10 @@
-/* Fault injection for file operations below a folder, as an LD_PRELOAD library for Linux.
+/* Fault injection for file operations below a folder: an LD_PRELOAD library for Linux.
 
-   fault_arm(root, n, action): count the file operations below `root`; at operation n (from 1) act:
-   action -1 kills the process (a write is cut in half first), action e > 0 fails the operation with errno e;
-   n = 0 only counts. ENOSPC also fails every later operation that allocates space, as on a full disk.
-   The struck operation and its path are printed to standard error. fault_count(): operations so far. */
+   fault_arm(root, n, action) starts counting the file operations below `root` and selects the fault at
+   operation n, counted from 1. With n = 0, operations are only counted. If `action` is -1, the process is
+   killed; a write is half done before. If `action` is an errno, the operation fails with it. After ENOSPC,
+   every later operation that allocates space also fails, as on a full disk. The operation with the fault and
+   its path are printed to standard error. fault_count() returns the number of operations so far. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -54,7 +55,7 @@ static int below(int folder, const char *path) {
     return strncmp(path, root, root_length) == 0 && (path[root_length] == '/' || !path[root_length]);
 }
 
-/* Returns 1 if the operation must fail (errno is set). */
+/* Counts an operation. If it must fail, sets errno and returns 1. */
 static int strike(int allocates, const char *name, const char *path, int fd) {
     int n = ++count;
     char link[64], target_path[PATH_MAX];
@@ -110,7 +111,7 @@ static int fcntl_any(int fd, int command, void *argument) {
 int fcntl(int fd, int command, ...) { ARGUMENT return fcntl_any(fd, command, argument); }
 int fcntl64(int fd, int command, ...) { ARGUMENT return fcntl_any(fd, command, argument); }
 
-/* The first half of a write is done before a kill. */
+/* Before the process is killed at a write, the first half of the data is written. */
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, "write", int, const void *, size_t)
     if (is_tracked(fd)) {

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = {"kill": -1, "ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-# Allowed exit statuses of a run for each fault. 0 is allowed because some operations are optional.
+# Allowed exit statuses of a run for each fault. 0 is allowed for errors because some operations are optional.
 STATUSES = {"kill": (-signal.SIGKILL,), "ENOSPC": (0, 1), "EIO": (0, 1, 2), "EACCES": (0, 1, 2)}
 
 
@@ -104,7 +104,7 @@ class Sweep:
         return len(failures)
 
     def trial(self, task: Any, fault: str, operation: int, expected: dict[str, Any]) -> str:
-        """Run a task with one fault, rerun it, and compare the results. Describe any failure."""
+        """Run a task with one fault, rerun it, compare the results, and return a description of a failure."""
         from small_experiment import contents, run_child
 
         def work() -> int:

@@ -8,8 +8,8 @@ Every case runs a command in a forked process with a limit on time and memory. T
 damaged file of a bundle, or of a fairseq or torchaudio checkpoint), texts (a damaged table, manifest, Kaldi
 or fairseq file, lexicon, n-gram, text or dictionary) and settings (random settings and options). The command
 must succeed or end with exit status 2 and a short message without a traceback, and must write only to its own
-folder. The script prints all other outcomes, and its exit status is 1 if there are any. The cases depend only
-on the seed and their number. It requires Linux.
+folder. The script prints all other outcomes, and its exit status is 1 if there are any. A case depends only
+on its kind, the seed and its number. The script requires Linux.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def is_argument(word: str) -> bool:
 
 
 def problem_of(outcome: Outcome, base_memory: int) -> str:
-    """Return what is wrong with an outcome, or an empty string."""
+    """Return a description of the problem with an outcome, or an empty string."""
     if outcome.status not in (0, 2):
         return f"status {outcome.status}"
     if "Traceback" in outcome.output:
@@ -141,7 +141,7 @@ def write_models(exp: Path, folder: Path) -> list[Path]:
 
 
 def writers(folder: Path) -> dict[str, Writer]:
-    """Create the valid files, and return the function that writes a case, for each kind."""
+    """Create valid input files, and return the function that writes a case, for each kind."""
     audio = write_audio(folder / "audio")
     run_stages(folder / "exp")
     models = write_models(folder / "exp", folder / "models")

@@ -34,7 +34,7 @@ Writer = Callable[[Path, random.Random], list[str]]
 
 
 def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Flip, delete, insert, repeat or truncate bytes at a random position."""
+    """Change, delete, insert or repeat bytes at a random position, or truncate the content there."""
     if not content:
         return bytes(rng.randrange(256) for _ in range(rng.randrange(64)))
     start = rng.randrange(len(content))
@@ -88,7 +88,7 @@ def dumped(tree: Any) -> bytes:
 
 
 def damaged_text(content: bytes, rng: random.Random) -> bytes:
-    """Change a line or field of a text, its encoding or its compression."""
+    """Change bytes, lines, a field, the line ends or the encoding of a text."""
     action = rng.randrange(10)
     if action == 0:
         return damaged_bytes(content, rng)
@@ -127,7 +127,7 @@ def several(damage: Callable[[Any, random.Random], Any], content: Any, rng: rand
 
 
 def model_case(models: list[Path], audio: Path) -> Writer:
-    """Return a function that damages a file of a model, and returns a command that opens the model."""
+    """Return a function that damages a file of a model and then returns a command that opens the model."""
 
     def write(folder: Path, rng: random.Random) -> list[str]:
         source, target = rng.choice(models), folder / "model"
@@ -241,7 +241,7 @@ def write_texts(folder: Path, audio: list[Path]) -> dict[str, list[str]]:
 
 
 def text_case(source: Path, commands: dict[str, list[str]], model: Path) -> Writer:
-    """Return a function that damages a text file, and returns a command that reads it."""
+    """Return a function that damages a text file and then returns a command that reads the file."""
 
     def write(folder: Path, rng: random.Random) -> list[str]:
         root = shutil.copytree(source, folder / "root")

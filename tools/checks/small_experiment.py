@@ -1,8 +1,8 @@
 """Tiny experiment for the sweeps in this folder, with all stages and commands that write files.
 
-The experiment consists of five recordings of one second and a model of width 16, so that each stage takes a
+The experiment consists of five recordings of one second and a model of width 16, so each stage takes a
 fraction of a second. Stages and commands run in forked children of one process that has imported all modules,
-so that a trial takes little more time than the stage or command itself.
+so a trial takes little more time than the stage or command itself.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python tools/checks/verification_cost.py exp/tofugu recipe=tofugu data=/path/to/corpus
 
 For each finished stage, the script prints the size of its inputs in MB, the time to verify them (the shortest
-of three runs, so that the files are in the page cache), and this time as a fraction of the recorded time of
+of three runs, when the files are in the page cache), and this time as a fraction of the recorded time of
 the stage.
 """
 
