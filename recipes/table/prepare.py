@@ -118,7 +118,7 @@ def _check(row: Row | Rejected) -> Iterator[Row | Rejected]:
     elif not is_file(row.path):
         yield Rejected(row.id or row.where, "audio file not found", f"{row.where}: {row.path}")
     elif row.start < 0 or (row.end is not None and row.end <= row.start):
-        times = f"start {row.start:g} s, end {row.end} s"
+        times = f"start {row.start:g} s" + ("" if row.end is None else f", end {row.end:g} s")
         yield Rejected(row.id or row.where, "negative start, or end not after start", f"{row.where}: {times}")
     else:
         yield replace(row, split=normalize_split(row.split))

@@ -296,6 +296,13 @@ def test_malformed_rows_are_rejected_with_their_line(tmp_path, audio):
     assert not details
 
 
+def test_negative_start_without_an_end_is_rejected(tmp_path, audio):
+    lines = ["path,text,start,end", f"{path_of(audio, recordings()[0])},負,-1,"]
+    lines += [f"{path_of(audio, r)},良い,," for r in recordings()[1:3]]
+    _, rejected = prepared(write(tmp_path / "a.csv", lines), max_rejected=1.0)
+    assert ["start -1 s" in item.detail and "None" not in item.detail for item in rejected] == [True]
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "encoding", "problem"),
     [
