@@ -43,7 +43,7 @@ class SpokenSegment:
     text: str  # orthography
     masked: bool  # whether the segment contains a masked name, whose audio is noise
     problems: tuple[str, ...]  # problems in the pronunciation, each with file:line
-    text_problems: tuple[str, ...] = ()  # problems in the orthography, which is not used for training
+    text_problems: tuple[str, ...] = ()  # problems in the orthography, which does not affect phones
     channel: str = "L"
 
     @property

@@ -82,7 +82,7 @@ class TalkCheck:
     n_segments: int = 0
     n_broken: int = 0  # number of segments that cannot be read
     problems: list[str] = field(default_factory=list)  # problems in the pronunciation, with file:line
-    # Problems in the orthography, which is not used for training.
+    # Problems in the orthography, which does not affect the phones.
     text_problems: list[str] = field(default_factory=list)
     rejected: Rejected | None = None  # the reason, if the whole talk is unusable
     duplicates: list[Rejected] = field(default_factory=list)  # identical copies of the files, not used

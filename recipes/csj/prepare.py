@@ -127,7 +127,7 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
         log.warning("%s\nTheir unusable utterances are rejected", _damage(damaged, len(talks)))
     if text_problems := [problem for check in checks.values() for problem in check.text_problems]:
         log.warning(
-            "csj: number of problems in the orthography, which is not used for training: %d; the text of the "
+            "csj: number of problems in the orthography, which does not affect phones: %d; the text of the "
             "affected utterances is incomplete. First problem: %s",
             len(text_problems),
             text_problems[0],
