@@ -1,9 +1,9 @@
 """On-the-fly waveform augmentation: speed, reverberation, other speech, noise, band limits, codec and gain.
 
-Like crops and masks, all random choices are determined by (seed, epoch, row), so that results depend neither
-on the number of workers nor on interruptions. The speed of an utterance is drawn without reading its audio,
-so that the sampler knows the resulting length. All effects are synthetic and need no recordings of rooms or
-noise.
+All random choices are determined by (seed, epoch, row), as for crops and masks. Results therefore depend
+neither on the number of workers nor on interruptions. The speed of an utterance is drawn without reading its
+audio, so that the sampler knows the resulting length. All effects are synthetic and need no recordings of
+rooms or noise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AugmentConfig:
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio in dB
     # Probability of mixing in up to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the other utterances in dB
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the mixed-in speech in dB
     noise_prob: float = 0.0  # probability of stationary noise
     noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the signal-to-noise ratio in dB
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # range of the spectral slope: 0 white, 1 pink, 2 brown
@@ -254,7 +254,7 @@ def quantize_mu_law(wave_T: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _length(n_samples: Any, speed: Any) -> np.ndarray:
-    """Return the number of samples (int64) that `n_samples` samples have after a speed change."""
+    """Return the length (samples, int64) of `n_samples` samples after a speed change."""
     length: np.ndarray = np.rint(n_samples / speed)
     return length.astype(np.int64)
 

@@ -71,7 +71,7 @@ class _Batch:
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
         """Return a copy with `change` applied to the large tensors.
 
-        The copy is created without `__post_init__`, whose checks would synchronize the GPU.
+        The copy is created without calling `__post_init__`, whose checks would synchronize the GPU.
         """
         other = copy.copy(self)
         for name, value in vars(self).items():
@@ -134,8 +134,8 @@ class CropConfig:
 
     min_seconds: float = 2.0  # shorter utterances are skipped
     max_seconds: float = 15.625  # longer utterances are cropped at random frame positions
-    # If a split has at most this many hours, each data worker caches its decoded audio in memory (0.23 GB per
-    # hour). A larger split is not cached at all.
+    # If a split has at most this many hours of audio, each data worker keeps decoded audio in memory (0.23 GB
+    # per hour). A larger split is not cached at all.
     keep_in_memory_hours: float = runtime_field(4.0)
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarr
     keep = n_samples >= max(min_seconds * SAMPLE_RATE, HUBERT.n_samples(1))
     if len(rows) and not keep.any():
         raise DataError(
-            f"pretrain.crop.min_seconds is {min_seconds:g}, but the longest utterance of split {split} has "
+            f"pretrain.crop.min_seconds is {min_seconds:g}, but the longest utterance of split {split} lasts "
             f"{n_samples.max() / SAMPLE_RATE:.2f} s; set a smaller value or use longer recordings"
         )
     if not keep.all():

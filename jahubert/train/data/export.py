@@ -2,7 +2,7 @@
 
 Each split contains the same utterances as in the manifest, so that results are comparable. Kaldi data
 directories and lhotse manifests refer to an original audio file if it is 16 kHz mono and not inside an
-archive. All other utterances are written as 16 kHz FLAC files. An export for Hugging Face datasets always
+archive. Each other utterance is written to a 16 kHz FLAC file. An export for Hugging Face datasets always
 writes FLAC files.
 """
 

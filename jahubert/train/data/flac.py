@@ -20,9 +20,9 @@ def write_flac(path: Path, samples: Samples, rate: int = SAMPLE_RATE) -> int:
 
     Args:
         path: the file to write.
-        samples: int16, or floating-point numbers with full scale 1, which are clipped. Audio that was loaded
-            from 16 bits is written without loss. Blocks are encoded one by one, in memory that does not
-            depend on their number.
+        samples: int16, or floating-point numbers with full scale 1, which are clipped. Unmodified samples of
+            16-bit audio are written without loss. Blocks are encoded one by one, so that only one block is in
+            memory.
         rate: sampling rate (Hz).
 
     Returns:

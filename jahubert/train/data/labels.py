@@ -2,9 +2,9 @@
 
 A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (the
 first frame of each utterance, followed by the total number of frames) and `header.json`, which describes the
-units. While labels are computed, shards are written atomically to `shards/`, each followed by its CRC-32. A
-run that is killed or fills the disk therefore loses at most one shard per process, and rerunning it produces
-the same bytes.
+units. While labels are computed, each shard is written atomically to a file in `shards/`, which ends with the
+CRC-32 of the units. A run that is killed or fills the disk therefore loses at most one shard per process, and
+rerunning it produces the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LabelHeader:
 
     def __post_init__(self) -> None:
         if self.n_units > MAX_UNITS:
-            raise DataError(f"{self.n_units} units, but a label store holds at most {MAX_UNITS} (16 bits)")
+            raise DataError(f"n_units is {self.n_units}, but a label store supports at most {MAX_UNITS}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -124,8 +124,8 @@ class LabelWriter:
         if not (self.folder / "header.json").exists():
             if missing := self.pending():
                 raise DataError(
-                    f"{self.folder}: missing or incomplete shards: {len(missing)}, starting with shard "
-                    f"{missing[0]}; rerun stage=label"
+                    f"{self.folder}: number of missing or incomplete shards: {len(missing)} (the first is "
+                    f"shard {missing[0]}); rerun stage=label"
                 )
             offsets = np.concatenate([[0], np.cumsum(self.n_frames)]).astype(np.int64)
             _write(self.folder / "units.bin", self._concatenate)
@@ -174,7 +174,7 @@ class LabelStore:
         if self.header.format != LabelHeader.format:
             raise DataError(
                 f"{self.folder}: the store has format {self.header.format}, but this version reads "
-                f"{LabelHeader.format}; rerun stage=label"
+                f"format {LabelHeader.format}; rerun stage=label"
             )
         if size != self.offsets[-1] * self.header.dtype.itemsize:
             raise DataError(

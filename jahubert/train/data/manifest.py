@@ -49,7 +49,7 @@ _MISSING_AUDIO_HINT = (
     "experiment (name=...) from stage=prepare, which rejects unreadable audio; all later stages must then "
     "run again"
 )
-_BATCH_ROWS = 8192  # rows per record batch; the writer keeps only one batch in memory
+_BATCH_ROWS = 8192  # rows per record batch, except that each archive has a batch of its own
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -282,7 +282,7 @@ def _check(item: Utterance) -> None:
     if not item.id:
         problem = "has no id"
     elif item.n_samples <= 0 or item.start < 0:
-        problem = f"covers no audio: start is {item.start}, n_samples is {item.n_samples}"
+        problem = f"has an invalid start or length: start is {item.start}, n_samples is {item.n_samples}"
     elif not item.split:
         problem = "has no split"
     elif any(not word for word in item.words):

@@ -15,12 +15,12 @@ def span_mask(
 ) -> np.ndarray:
     """Draw a bool mask (length,) that is True inside randomly placed spans.
 
-    The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`, or
-    zero if `prob` is zero.
-    Start positions are drawn without replacement. Because spans may overlap, `prob=0.8` with `span=10` masks
-    about 57 % of the positions. The mask is drawn as in fairseq's `compute_mask_indices` with "static" spans,
-    except that the rows of a batch may have different numbers of masked positions. At least one position
-    remains unmasked, and spans are shortened if they do not fit.
+    The number of spans is `prob * length / span`, randomly rounded up or down, and at least `min_spans`. If
+    `prob` is zero, there are no spans. Start positions are drawn without replacement. Because spans may
+    overlap, `prob=0.8` with `span=10` masks about 57 % of the positions. The mask is drawn as in fairseq's
+    `compute_mask_indices` with "static" spans, except that the rows of a batch may have different numbers of
+    masked positions. At least one position remains unmasked: if the spans do not fit, they are shortened and
+    reduced in number.
     """
     mask = np.zeros(length, dtype=bool)
     n_spans = max(min_spans, int(prob * length / span + rng.random()))

@@ -56,7 +56,7 @@ def parquet_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
 
 def _read(path: Path, read: Callable[[], T]) -> T:
-    """Call `read`, and raise DataError if Arrow reports a damaged file (an OSError without error number)."""
+    """Call `read`, and raise DataError if Arrow reports a damaged file, e.g. by an OSError without errno."""
     try:
         return read()
     except (pa.ArrowException, OSError) as error:

@@ -1,7 +1,8 @@
-"""Length-bucketed sampler for updates and their micro-batches, determined by (seed, epoch).
+"""Length-bucketed sampler for updates and their micro-batches.
 
-An epoch is a sequence of groups of utterances with similar lengths. An update consists of a fixed number of
-consecutive groups, so that its content depends neither on the memory of a GPU nor on the number of processes.
+An epoch is a sequence of groups of utterances with similar lengths. It is determined by (seed, epoch). An
+update consists of a fixed number of consecutive groups. Its content therefore depends neither on the memory
+of a GPU nor on the number of processes.
 A device processes one micro-batch in one forward pass. A group is a single micro-batch, unless it is longer
 than `micro_seconds` or the processes could not share the update evenly: then it is cut into several.
 The state of the sampler consists of two integers: the epoch, and the number of groups consumed in that epoch.
@@ -26,7 +27,7 @@ _MIN_GROUP_SECONDS, _MAX_GROUP_SECONDS = 87.5, 500.0  # the HuBERT paper uses 87
 
 
 def groups_per_update(batch_seconds: float) -> int:
-    """Return the default number of groups per update: for the 2,800 s of HuBERT base, 8 groups of 350 s."""
+    """Return the default number of groups per update, e.g. 8 groups of 350 s for 2,800 s (HuBERT base)."""
     groups = _GROUPS
     while batch_seconds / groups > _MAX_GROUP_SECONDS:
         groups *= 2
@@ -108,7 +109,10 @@ class Epoch:
 
 
 class Sampler:
-    """Sampler of groups of utterances with similar lengths and at most `group_seconds` with padding."""
+    """Sampler of groups of utterances with similar lengths.
+
+    A group has at most `group_seconds` of audio including padding.
+    """
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class Sampler:
         if self.n_samples.max() > self.group_capacity:
             raise ConfigError(
                 f"batch_seconds: a group ({sizes.groups} per update) can hold {sizes.group_seconds:g} s, but "
-                f"the longest utterance has {longest:.2f} s; increase batch_seconds"
+                f"the longest utterance lasts {longest:.2f} s; increase batch_seconds"
             )
         if self.n_samples.max() > self.capacity:
             raise ConfigError(
@@ -184,7 +188,7 @@ class Sampler:
         return [part for group in groups for part in group.micro_batches()]
 
     def check_processes(self, processes: int) -> None:
-        """Check before training that its processes can share every update.
+        """Check before training that `processes` processes can share every update.
 
         Raises:
             ConfigError: an update may have fewer utterances than there are processes.
@@ -230,7 +234,7 @@ class Sampler:
         return np.array(starts)
 
     def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
-        """Return a new start of the last group, which gives it up to half of the rows of the last two groups.
+        """Return a start of the last group that gives it up to half of the rows of the last two groups.
 
         Otherwise, the last group could be a single utterance, which several processes cannot share.
         """

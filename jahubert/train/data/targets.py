@@ -57,7 +57,7 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
 
 
 class TargetStore:
-    """Memory-mapped targets that `write_targets` has written."""
+    """Memory-mapped targets, as written by `write_targets`."""
 
     def __init__(self, folder: Path):
         self.folder = folder

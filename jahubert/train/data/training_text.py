@@ -24,8 +24,8 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     the same words, and otherwise in kana.
 
     Raises:
-        ConfigError: the targets have a different unit than `tokenizer`, or word tokens are requested but the
-            targets are characters.
+        ConfigError: the targets consist of other units than those of `tokenizer`, or word tokens are
+            requested but the targets are characters.
         DataError: the experiment has no targets, or a file is damaged.
     """
     verify_files(exp / "targets")
@@ -37,7 +37,8 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
         fits = _VOCABULARY.get(tokenizer.unit) == vocabulary
     if not fits:
         raise ConfigError(
-            f"the targets of {exp} are {vocabulary}, but the unit is {tokenizer.unit}; use the same unit"
+            f"the targets of {exp} are {vocabulary}, but the unit of the language model is {tokenizer.unit}; "
+            "choose a unit that matches the targets"
         )
     for row in manifest.indices(split="train").tolist():
         if not len(labels := targets[row]):
@@ -53,7 +54,7 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
 
 
 def _written_words(text: str, words: Sequence[tuple[str, ...]]) -> list[str]:
-    """Write words as they appear in the text, or in kana if the text is split into other words."""
+    """Return words as written in the text, or in kana if the text is split into other words."""
     if len(words) == 1 and (written := recognized_characters(text)):
         return [written]
     try:

@@ -173,7 +173,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a folder, in the same way as `is_file`."""
+    """Return whether a path is a folder, with the same retries and errors as `is_file`."""
     return stat.S_ISDIR(_mode(path))
 
 
@@ -218,7 +218,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file with their line ends, in the same way as `read_blocks`."""
+    """Yield the lines of a file with their line ends, with the same retries and errors as `read_blocks`."""
     start: list[bytes] = []  # the parts of a line that ends in a later block
     for block in read_blocks(path):
         *lines, end = block.split(b"\n")

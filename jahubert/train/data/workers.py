@@ -97,7 +97,10 @@ def ignore_signals(_: int = 0) -> None:
 
 
 class _Items(Dataset[Any]):
-    """Map-style dataset of function results. UserErrors and OSErrors are returned, to keep their types."""
+    """Map-style dataset of function results.
+
+    A UserError or OSError is returned instead of raised, because DataLoader would change its type.
+    """
 
     def __init__(self, function: Callable[[Any], Any], advice: str):
         self.function, self.advice = function, advice

@@ -111,7 +111,8 @@ def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
             yield str(error)
     if train is None:
         return
-    longest = config.crop.max_seconds if hasattr(config, "crop") else 1.0  # not known without a manifest
+    # In fine-tuning, the longest utterance is unknown until the manifest exists; 1 s is an optimistic guess.
+    longest = config.crop.max_seconds if hasattr(config, "crop") else 1.0
     for prefix, check in (
         (f"{stage}.", lambda: train.check_processes(processes, longest)),
         ("", lambda: resolve(train.engine, ENGINES, "engine")),

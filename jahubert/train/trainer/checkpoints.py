@@ -1,9 +1,9 @@
 """Checkpoints of the default training engine.
 
-Each process writes a part of a checkpoint with `torch.distributed.checkpoint` (DCP). Any number of processes,
-with or without sharding, can load it. The checkpoint folder is renamed to `step_N` once it is complete. The
-last file to be written, `run.json`, contains the sizes and checksums of all other files, so that truncated or
-damaged checkpoints are detected and skipped.
+Each process writes its part of a checkpoint with `torch.distributed.checkpoint` (DCP). The checkpoint can be
+loaded by any number of processes, with or without sharding. Its folder is renamed to `step_N` once it is
+complete. The last file to be written, `run.json`, contains the sizes and checksums of all other files, which
+makes it possible to detect and skip truncated or damaged checkpoints.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Checkpoints:
     def intact(self) -> list[Path]:
         """Return the paths of the checkpoints that are not known to be damaged, oldest first.
 
-        Only the sizes of the files are compared with the record; `load` also verified the checksums.
+        Only the sizes of the files are compared with those in `run.json`; `load` also verifies checksums.
         """
         return [p for p in _by_step(self.folder) if p not in self.damaged and not checkpoint_damage(p)]
 

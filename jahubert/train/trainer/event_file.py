@@ -20,7 +20,7 @@ class EventFile:
 
     Args:
         folder: log directory, which is created if necessary.
-        step: the last completed step. TensorBoard hides later values in older files in this folder.
+        step: the last completed step. TensorBoard hides values of later steps in older files of the folder.
 
     Raises:
         ImportError: TensorBoard is not installed.

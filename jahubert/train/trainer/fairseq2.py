@@ -150,7 +150,7 @@ class _TrainingRun:
         )
         self.state_path = self.folder / "run.json"
         self.stop = StopSignals()  # received by this process
-        self.stop_requested = False  # received by any process
+        self.stop_requested = False  # True if any process has received a stop signal
         self.metric_bag: MetricBag  # set by the Trainer
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
         self.validated, self.window, self.overflows = 0, Window(), 0

@@ -31,8 +31,8 @@ _STATE = ("best_value", "best_metrics", "best_crc32", "last_metrics")
 class MetricLog:
     """Writer for `metrics.jsonl`, `best_N.safetensors` and the curves of an experiment tracker.
 
-    The weights of each new best step get a file of their own. The previous file is kept until no checkpoint
-    refers to it, because a killed run resumes from the last checkpoint and its best weights.
+    The weights of each new best step get a file of their own. The previous file is kept as long as a
+    checkpoint refers to it, because a killed run resumes from that checkpoint.
 
     Only rank 0 writes files, but `validate` and `close` must be called in all processes.
     """

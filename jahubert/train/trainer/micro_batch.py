@@ -24,10 +24,11 @@ AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 _USABLE = 0.85
 # Limits in seconds and in bytes of activations on a CPU, where larger micro-batches are not faster.
 _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
-# Number of values stored for the backward pass: per frame and block, in multiples of the width and the
-# feed-forward width, and in the front end, in multiples of the size of all convolution outputs. The factors
-# were fitted to the counts of `jahubert.train.plan.memory`, which take half a minute to compute. An H200 used
-# 9 % less (base model, bfloat16).
+# Factors for the number of values that are stored for the backward pass. A Transformer block stores
+# `_PER_WIDTH * width + _PER_FFN * ffn` values per frame. The front end stores the outputs of all convolutions
+# times a factor that depends on the normalization. The factors were fitted to the counts of
+# `jahubert.train.plan.memory`, which take half a minute to compute. On an H200, training the base model in
+# bfloat16 used 9 % less memory than estimated.
 _PER_WIDTH, _PER_FFN = 7, 2
 _FRONT_END = {"group": 1.0, "layer": 3.3}
 
@@ -70,7 +71,7 @@ def automatic_micro_seconds(
     precision: torch.dtype,
     n_devices: int,
 ) -> float:
-    """Return the largest useful micro-batch in seconds, which is a group of the sampler if it fits in memory.
+    """Return the largest useful micro-batch size in seconds, at most that of a group of the sampler.
 
     Unless a group is shorter, the result is at least `longest`, even if that may not fit in memory.
 

@@ -24,8 +24,8 @@ class TrainConfig:
 
     max_steps: int = 400_000  # number of updates
     batch_seconds: float = 2800.0  # audio per step over all devices, with gradient accumulation if necessary
-    # Number of groups per step, each of utterances with similar lengths; null: derived from batch_seconds (8
-    # for 2,800 s).
+    # Number of groups per step, where a group consists of utterances with similar lengths; null: derived from
+    # batch_seconds (8 for 2,800 s).
     groups: int | None = None
     # Maximum audio per device and forward pass, including padding; null: derived from the memory of a GPU, or
     # a fixed limit on a CPU.
@@ -34,7 +34,7 @@ class TrainConfig:
     # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.
     schedule: Literal["linear", "tri_stage"] = "linear"
     warmup: float = 0.08  # length of the warm-up, as a fraction of max_steps
-    hold: float = 0.4  # tri_stage: length of the phase at the full learning rate, as a fraction of max_steps
+    hold: float = 0.4  # tri_stage: length of the phase at the peak learning rate, as a fraction of max_steps
     final_lr: float = 0.0  # learning rate at the end of the decay, as a fraction of lr
     betas: tuple[float, ...] = (0.9, 0.98)  # AdamW betas
     eps: float = 1e-6  # AdamW epsilon
@@ -51,7 +51,7 @@ class TrainConfig:
     # same shape, so that the blocks are compiled only once.
     compile: bool = runtime_field(False)
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    workers: int = runtime_field(0)  # number of DataLoader workers per process; 0: the process reads audio
+    workers: int = runtime_field(0)  # number of DataLoader workers per process; 0: no separate workers
     log_every: int = runtime_field(50)  # steps between log lines
     # Destination of training curves in addition to metrics.jsonl: TensorBoard event files, or a Weights &
     # Biases run (offline unless the environment variable WANDB_MODE is set).

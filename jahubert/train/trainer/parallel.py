@@ -64,9 +64,9 @@ class Parallel:
     def release(self) -> None:
         """Destroy the reducer of DDP, so that the process group does not outlive `destroy_process_group`.
 
-        The reducer keeps the group alive. If the reducer is destroyed last, it joins gloo's thread while it
-        holds the GIL. That thread may need the GIL to free its last tensors, and the process would deadlock
-        at exit.
+        The reducer keeps the group alive. If the reducer is destroyed last, it joins gloo's thread while
+        holding the GIL. That thread may need the GIL to free its last tensors, in which case the process
+        deadlocks at exit.
         """
         if isinstance(self.wrapped, DistributedDataParallel):
             self.wrapped = self.module
@@ -76,9 +76,9 @@ class Parallel:
     def accumulating(self, last: bool) -> Iterator[None]:
         """Skip gradient synchronization unless this is the last micro-batch of a step.
 
-        With DDP, the last micro-batch makes its own weight copies. autograd runs nodes of earlier forward
-        passes last, so that the gradients of copies made by another micro-batch would reach the weights at
-        the end of the backward pass, too late for their reduction to overlap with it.
+        With DDP, the last micro-batch makes its own weight copies, because autograd runs the nodes of earlier
+        forward passes last. The gradients of earlier copies would reach the weights only at the end of the
+        backward pass, too late to be reduced during that pass.
         """
         if isinstance(self.wrapped, DistributedDataParallel):
             if not last:
@@ -115,9 +115,9 @@ class Parallel:
 def finds_unused_parameters(module: nn.Module) -> bool:
     """Return whether DDP must search each graph for parameters without gradients.
 
-    If it does not search, it changes its buckets after the first step of a process. With three or more
-    processes, this changes the order in which gradients are added, so that a resumed run on a CPU would not
-    be bit-identical to an uninterrupted one.
+    Without this search, DDP changes its buckets after the first step of a process. With three or more
+    processes, the new buckets change the order in which gradients are added. A resumed run on a CPU would
+    then not be bit-identical to an uninterrupted one.
     """
     on_cpu = next(module.parameters()).device.type == "cpu"
     return bool(module.has_unused_parameters) or (on_cpu and distributed.world() > 2)
@@ -133,8 +133,8 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
         compiled: whether to compile the blocks. All of them share one graph if batches have equal shapes.
     """
     if compiled:
-        # DDP would split the graph of a block that is larger than its buckets. Blocks are separate graphs
-        # already, so that their reduction overlaps with the backward pass.
+        # By default, the graph of a block that is larger than a DDP bucket is split, so that its gradients
+        # are reduced during the backward pass. The split is unnecessary if each block has its own graph.
         torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         if recompute:
@@ -155,7 +155,7 @@ def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
 
 
 def compiled_graphs() -> int:
-    """Return the number of graphs, with recompilations, that torch.compile has produced in this process."""
+    """Return how often torch.compile has compiled a graph in this process, including recompilations."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 

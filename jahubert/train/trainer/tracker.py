@@ -51,7 +51,8 @@ class WandbRun:
                 resume="allow",
                 mode=os.environ.get("WANDB_MODE", "offline"),
                 project=os.environ.get("WANDB_PROJECT", "jahubert"),
-                name=os.environ.get("WANDB_NAME", "/".join(out.absolute().parts[-4:])),  # demo/iter1/pretrain
+                # The default name is, for example, exp/demo/iter1/pretrain.
+                name=os.environ.get("WANDB_NAME", "/".join(out.absolute().parts[-4:])),
                 dir=str(out),
                 config=settings,
                 reinit="finish_previous",  # an earlier job of a sweep may have failed in this process

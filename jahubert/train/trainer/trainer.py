@@ -45,8 +45,8 @@ from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_sig
 
 log = logging.getLogger(__name__)
 
-# An fp16 run ends when its loss scale falls below this value, after about thirty consecutive overflows.
-# fairseq uses the same value.
+# An fp16 run ends when its loss scale falls below this value. From the initial scale, this takes about thirty
+# consecutive overflows. fairseq uses the same value.
 MIN_LOSS_SCALE = 1e-4
 # Seconds to wait for data after a stop signal, with one process and with several. Several processes wait
 # longer to finish the step, because all of them must take part in saving a checkpoint.

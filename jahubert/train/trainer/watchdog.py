@@ -123,9 +123,10 @@ class _Watcher:
                 continue
             if self.rank == 1:  # only one process reports the failure
                 tqdm.write(
-                    f"jahubert: error: process 0 of {self.world} hangs: no response from it for "
-                    f"{self.unanswered * self.interval:.0f} s; {distributed.last_heartbeat().activity} in "
-                    f"{self.name}. The limit is hang_timeout_minutes={self.limit / 60:g}; {_RESUME}",
+                    f"jahubert: error: process 0 of {self.world} hangs: it has not responded for "
+                    f"{self.unanswered * self.interval:.0f} s, while {self.name} was "
+                    f"{distributed.last_heartbeat().activity}. "
+                    f"The limit is hang_timeout_minutes={self.limit / 60:g}; {_RESUME}",
                     file=sys.stderr,
                 )
             self._exit()
@@ -163,8 +164,8 @@ class _Watcher:
             f"{status.name} hangs: {status.activity} for {status.seconds:.0f} s" for status in hanging
         )
         return (
-            f"{names}; {len(statuses) - len(behind)} of {self.world} processes are waiting. The limit is "
-            f"hang_timeout_minutes={self.limit / 60:g}; {_RESUME}. "
+            f"{names}; waiting processes: {len(statuses) - len(behind)} of {self.world}. "
+            f"The limit is hang_timeout_minutes={self.limit / 60:g}; {_RESUME}. "
             f"Stack of {hanging[0].name}:\n{hanging[0].stack}"
         )
 

@@ -105,7 +105,7 @@ def test_column_blocks_equal_rows(tmp_path, monkeypatch):
     [
         ([columns(0, 3), columns(2, 3)], r"duplicate utterance id '000/2': .*000.tar \(bytes 2048"),
         ([columns(0, 3), utterance(0, id="000/1")], "'000/1'"),
-        ([columns(0, 2, n_samples_N=np.array([1, 0]))], "'000/1'.*covers no audio"),
+        ([columns(0, 2, n_samples_N=np.array([1, 0]))], "'000/1'.*invalid start or length"),
         ([columns(0, 2, ids=["a", ""])], "has no id"),
         ([columns(0, 2, split="")], "has no split"),
         ([columns(0, 1, texts=["\udce3"])], "000.tar.*Unicode"),
@@ -160,8 +160,8 @@ def test_fingerprint_depends_on_content_but_not_on_the_folder(tmp_path):
     ("changes", "message"),
     [
         ({"id": ""}, "has no id"),
-        ({"n_samples": 0}, "covers no audio"),
-        ({"start": -1}, "covers no audio"),
+        ({"n_samples": 0}, "invalid start or length"),
+        ({"start": -1}, "invalid start or length"),
         ({"words": (("a",), ())}, "word without phones"),
         ({"alignment": (Phone("a", 0, 1002),)}, "alignment.*1001 samples"),
         ({"alignment": (Phone("a", 0, 10), Phone("b", 9, 20))}, "alignment"),
