@@ -169,7 +169,7 @@ class HubertLayer:
         if not long_enough:
             return features
         n_samples = [len(wavs[i]) for i in long_enough]
-        # The waveforms are padded on the device, so that the host copies no padding.
+        # The waveforms are padded on the device, so that no padding is transferred to it.
         wav_T = to_device_async(torch.cat([wavs[i] for i in long_enough]), self.device)
         wav_BT = torch.nn.utils.rnn.pad_sequence(list(wav_T.split(n_samples)), batch_first=True)
         with torch.no_grad():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 
-# (N, D): a tensor, an array or a class below. All support slices, and all except CachedFrames index arrays.
+# Frames (N, D): a tensor, an array, or an instance of a class below. All of these can be indexed with slices,
+# and all except CachedFrames with arrays of row numbers.
 Frames = Any
 
 

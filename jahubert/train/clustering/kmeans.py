@@ -45,8 +45,8 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
         raise DataError(f"frames must have shape (N, D), but have shape {tuple(frames_ND.shape)}")
     if len(frames_ND) < options.n_clusters:
         raise DataError(
-            f"n_clusters={options.n_clusters} needs at least as many frames, but their number is "
-            f"{len(frames_ND)}: use more audio or fewer clusters"
+            f"n_clusters={options.n_clusters} requires at least that many frames, but the number of frames "
+            f"is {len(frames_ND)}: use more audio or fewer clusters"
         )
     fitted = _BACKENDS[backend](frames_ND, options)
     return KmeansResult(

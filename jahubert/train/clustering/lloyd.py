@@ -48,9 +48,9 @@ class KmeansOptions:
 
     Args:
         n_clusters: number of clusters K.
-        backend: implementation of k-means. "torch" is implemented in this file.
-            "sklearn" is for reference: it runs MiniBatchKMeans with fairseq's arguments, and ignores
-            `n_init`, `max_iter`, `tol` and `lloyd_frames`.
+        backend: implementation of k-means. "torch" is implemented in this file. "faiss" ignores `tol` and
+            `lloyd_frames`. "sklearn" is for reference: it runs MiniBatchKMeans with fairseq's arguments, and
+            ignores `n_init`, `max_iter`, `tol` and `lloyd_frames`.
         n_init: number of initializations, of which the best one is used.
         max_iter: maximum number of passes over all frames, or over the sample of `lloyd_frames` frames.
         tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction.

@@ -72,7 +72,7 @@ def align(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> list
 
 
 def _jiwer_alignment(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Any:
-    """Align with jiwer, which only compares words in strings: each distinct item becomes a number."""
+    """Align with jiwer. It compares words in strings, so each distinct item is replaced with a number."""
     try:
         import jiwer
     except ImportError as error:
@@ -90,9 +90,8 @@ def error_rate(
 ) -> ErrorCounts:
     """Count the errors in all utterances of a set.
 
-    `.rate` is the PER for phone sequences and the WER for word sequences.
-
-    Words should be tuples of phones, because `k y o` and `ky o` would be equal if they were joined.
+    The `rate` of the result is the PER for phone sequences and the WER for word sequences. Words should be
+    tuples of phones, because `k y o` and `ky o` would be equal if they were joined.
 
     Raises:
         DataError: the numbers of references and hypotheses differ.

@@ -190,7 +190,7 @@ def published_table(
     sets = sorted({split for row in published.values() for split in row})
     width = max(len(name) for name, _ in rows)
     lines = [
-        "WER % compared with published results",
+        "WER (%) compared with published results",
         f"  {'':<{width}}" + "".join(f"{split:>9}" for split in sets),
     ]
     for name, row in rows:

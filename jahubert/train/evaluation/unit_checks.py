@@ -86,7 +86,7 @@ def _report(problem: str, on_bad_units: OnBadUnits) -> None:
 def accuracy_problem(
     accuracy: float, chance: float, step: int, feature: str = "", n_units: int = 0
 ) -> str | None:
-    """Return a message if the masked accuracy is at chance level or far below published runs.
+    """Return a message if the masked accuracy is at chance level or far below that of published runs.
 
     Args:
         accuracy: masked accuracy after `step` updates.

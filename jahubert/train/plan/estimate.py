@@ -1,8 +1,8 @@
 """Estimates of the hours, disk space and memory that every stage of a run needs.
 
-The hours of training and k-means are their FLOPs divided by the FLOP/s of all devices. In the other stages, a
-pass over the audio can also be limited by decoding. The FLOPs are computed from the sizes of the model
-(`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
+The duration of training and of k-means is the number of FLOPs divided by the FLOP/s of all devices. In the
+other stages, a pass over the audio can also be limited by decoding. The FLOPs are computed from the sizes of
+the model (`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 mil
 _CHECKPOINT = 12  # size of a checkpoint in bytes per parameter
 _GPU_COUNTS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
 _TRAINING_STAGES = ("pretrain", "finetune")
-# Numeric settings of the estimate, each with its maximum and a description of valid values for errors.
+# Numeric settings of the estimate: the maximum, and a description of valid values for error messages.
 _NUMBERS = {
     "gpus": (1e6, "a whole number of GPUs, 1 or more"),
     "hours": (1e9, "a number of hours above 0"),
@@ -73,7 +73,7 @@ class Plan:
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate the estimate's settings from those of the stages, and add `stage=all` if there is no stage."""
+    """Separate the settings of the estimate from overrides, and add `stage=all` if no stage is given."""
     options: dict[str, str] = {}
     overrides = []
     for setting in settings:
@@ -141,9 +141,9 @@ def _number(name: str, options: dict[str, str]) -> float | None:
 
 
 def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Return the stages whose settings the estimate of a single `features`, `kmeans` or `label` stage needs.
+    """Return the other stages whose settings are needed to estimate a `features`, `kmeans` or `label` stage.
 
-    For other jobs, the result is empty.
+    The result is empty unless such a stage is the only job.
     """
     stage, _, out = jobs[0]
     if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
@@ -174,7 +174,7 @@ def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> 
 def estimate_stages(
     jobs: Sequence[Job], corpus: Corpus, machine: Machine, context: Sequence[Job] = ()
 ) -> list[StageEstimate]:
-    """Estimate each job, using the sizes of jobs in `context` that are not run (see `_context_jobs`)."""
+    """Estimate each job. The settings of `context` are used as well (see `_context_jobs`)."""
     configs = {(stage, out.parent): config for stage, config, out in (*jobs, *context)}
     models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
     model = models[0] if models else HubertConfig()
@@ -262,7 +262,7 @@ def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) 
 
 
 def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
-    """Return the training dtype on `machine`, which need not be the present one (cf. `pick_precision`)."""
+    """Return the training dtype on `machine`, which need not be this computer (cf. `pick_precision`)."""
     if train.precision == "fp16":
         return torch.float16
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32

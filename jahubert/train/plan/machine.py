@@ -88,7 +88,7 @@ class Machine:
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Measure training in float32 and in the 16-bit precisions of the run, decoding, and MFCCs."""
+    """Measure the speeds of training (in float32 and the run's 16-bit dtypes), decoding and MFCCs."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.
@@ -97,7 +97,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
     flops = [speed * step_flops(config, _utterance_seconds(trains[0]), False) for speed in speeds]
     is_gpu = device.type == "cuda"
     measured = ", ".join(
-        f"{str(dtype).removeprefix('torch.')}: {speed:.4g}"
+        f"{speed:.4g} in {str(dtype).removeprefix('torch.')}"
         for dtype, speed in zip(dtypes, speeds, strict=True)
     )
     decode_speed, mfcc_speed = _reading_speeds()
@@ -108,7 +108,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
         flops_fp32=flops[-1],
         has_bfloat16=preferred_dtype(device) is torch.bfloat16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
-        source=f"measured on this machine, {measured} seconds of audio per second of training",
+        source=f"measured on this machine, in seconds of audio per second of training: {measured}",
         measured_model=config,
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
@@ -194,7 +194,7 @@ def _training_speed(
 
 
 def _reading_speeds() -> tuple[float, float]:
-    """Measure the seconds of audio that one core can decode, and convert to MFCCs, per second."""
+    """Measure how many seconds of audio per second one core can decode, and can convert to MFCCs."""
     seconds, flac = 5, io.BytesIO()
     noise_T = np.random.default_rng(0).normal(0, 0.05, seconds * SAMPLE_RATE).astype(np.float32)
     soundfile.write(flac, noise_T, SAMPLE_RATE, format="FLAC")

@@ -20,7 +20,7 @@ from jahubert.train.evaluation.unit_checks import usage_statistics
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import DONE
 
-LAYER_UNITS = 100  # number of units per layer, the same as for MFCCs
+LAYER_UNITS = 100  # number of units that are fitted to each layer and to MFCCs
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Config:
             errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
         fused = self.lm is not None or self.lexicon is not None
         if self.search == "greedy" and (self.n_best > 1 or fused):
-            errors.append("search=greedy does not support n_best > 1, lm and lexicon; set search=beam")
+            errors.append("search=greedy does not support n_best > 1, lm or lexicon; set search=beam")
         if self.lm is None and self.lm_weight != Config.lm_weight:
             errors.append("lm_weight has no effect without lm; set lm or remove lm_weight")
         for name in ("word_bonus", "tune_splits"):
@@ -99,7 +99,7 @@ class Config:
                 errors.append(f"{name} has no effect without tune_splits; set tune_splits or remove {name}")
         if self.tune_splits and not (self.tune_lm_weights and self.tune_word_bonuses):
             errors.append(
-                "tune_splits needs at least one value each in tune_lm_weights and tune_word_bonuses"
+                "tune_splits requires at least one value in tune_lm_weights and one in tune_word_bonuses"
             )
         raise_config_errors(errors)
 
@@ -135,7 +135,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
     bundle = load_bundle(config.model)
     if bundle.ctc is None:
-        raise CheckpointError(f"decode.model: {config.model} has no CTC head; set it to a fine-tuned model")
+        raise CheckpointError(f"decode.model: {config.model} has no CTC head; use a fine-tuned model")
     if bundle.phonemes != targets.phonemes:
         raise CheckpointError(
             f"decode.model: {config.model} and {config.targets} have different symbols; set decode.targets "
@@ -159,7 +159,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )
         if len(rows) < len(split_rows):
             log.warning(
-                "%s: %d of %d utterances have no target and are not scored (for the reasons, see %s)",
+                "%s: %d of %d utterances have no target and are not decoded (for the reasons, see %s)",
                 split, len(split_rows) - len(rows), len(split_rows), config.targets / "rejected.jsonl",
             )  # fmt: skip
         counts[split] = len(rows)

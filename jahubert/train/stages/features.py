@@ -1,6 +1,6 @@
 """Random sample of feature frames for k-means.
 
-Reads   the manifest, and from iteration 2 on the model of the previous iteration
+Reads   the manifest; from iteration 2 on, also the model of the previous iteration
 Writes  sample.npy, float32 (frames, dim); header.json: feature, layer and model
 
     python -m jahubert.run recipe=demo stage=features iteration=1

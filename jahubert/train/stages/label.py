@@ -1,8 +1,8 @@
 """Labeling of all utterances with units: the unit of a frame is the index of the nearest centroid.
 
-Reads   the manifest, the centroids, and for units of a HuBERT layer the model whose features were clustered
+Reads   the manifest and the centroids; for units of a HuBERT layer, also the model with this layer
 Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stored); for units of a HuBERT
-        layer also bundle/, with the model and the centroids for `jahubert units`
+        layer, also bundle/ with the model and the centroids for `jahubert units`
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
@@ -56,8 +56,8 @@ class Config:
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model whose features were clustered
     layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
-    # Custom feature extractor (module:attribute or file.py:attribute), whose code is imported if the
-    # centroids were fitted to it.
+    # Custom feature extractor (module:attribute or file.py:attribute). Its code is imported only if the
+    # centroids were fitted to its features.
     feature: str | None = runtime_field(None)
     compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
     shard_size: int = runtime_field(2000)  # number of utterances per intermediate file

@@ -121,8 +121,8 @@ def kept(config: Config, out: Path) -> None:
         records = " ".join(shlex.quote(str(out / name)) for name in (provenance.DONE, provenance.STARTED))
         log.warning(
             "%s: files that were missing when the manifest was created exist now: %d, for example %s. To add "
-            "them, run\n  rm -f %s\nand rerun the same command; only new files are read. Then rerun stages "
-            "that used the old manifest",
+            "them, run\n  rm -f %s\nand rerun the same command; only new files are read. Then rerun the "
+            "stages that used the old manifest",
             out,
             len(new_files),
             new_files[0],

@@ -231,8 +231,8 @@ def _init_from(model: HubertModel, source: Path) -> None:
     ]
     if mismatches or len(weights) != len(expected):
         raise ConfigError(
-            f"pretrain.init_from={source}: the sizes of this model differ from `pretrain.model` (first "
-            f"difference: {(mismatches or ['layers'])[0]}); set `pretrain.model` to the same sizes"
+            f"pretrain.init_from={source}: the sizes of this model differ from those in `pretrain.model` "
+            f"(first difference: {(mismatches or ['layers'])[0]}); set `pretrain.model` to the same sizes"
         )
     model.load_state_dict(weights)
 

@@ -43,7 +43,7 @@ class Config:
     examples: int = 2
     # Number of frames with known phones on which units of every layer are evaluated; 0: no evaluation.
     layer_frames: int = 20_000
-    seed: int = 0  # random seed for drawing the frames of the evaluation, and for its clustering
+    seed: int = 0  # random seed for drawing the frames of `layer_frames` and for clustering them
     device: str = "auto"  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     device = distributed.process_device(config.device)
     try:  # all processes call this and share the clustering
         layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
-    except AudioError as error:  # the corpus may have been moved; the rest of the report needs no audio
+    except AudioError as error:  # the corpus may have been moved; the report does not require audio
         log.warning("the report omits the PNMI of each layer: %s", error)
         layers = {}
     if distributed.rank():

@@ -52,7 +52,7 @@ class Config:
     hypotheses: Path  # output folder of the decode stage
     baseline: Path | None = None  # folder with hypotheses of another system, for a paired significance test
     published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
-    calibration_split: str | None = None  # split whose hypotheses are used to fit the word confidences
+    calibration_split: str | None = None  # split on which the word confidences are calibrated
     samples: int = 1000  # number of bootstrap samples
     seed: int = 0  # random seed of the bootstrap
 

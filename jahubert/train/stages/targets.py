@@ -1,6 +1,6 @@
 """Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: for phones and kana the words of an utterance if available, otherwise its text
+Reads   the manifest: for phones and kana, the words of an utterance if available; otherwise, its text
 Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
 
     python -m jahubert.run recipe=demo stage=targets

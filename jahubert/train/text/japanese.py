@@ -10,9 +10,9 @@ the dictionary of pyopenjtalk-plus are corrected before and after the analysis:
 - `_fix_reading` corrects readings that depend on the context or on installed packages: 何 is read ナン before
   counters and before ダ, デ, ナ, ノ and ト; 言う is read ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
 
-Latin letters are read with their broadcast names, also inside words: エー, ケー and ジェー, because [ei] is a
-long vowel (NHK's committee on language, no. 1388, 2015), but エイチ, as in the name of NHK. docs/readings.md
-lists the remaining errors.
+Latin letters, also those inside words, have the names used in broadcasting: エー, ケー and ジェー, because
+[ei] is read as a long vowel (NHK's committee on language, no. 1388, 2015), but エイチ, as in the name of NHK.
+docs/readings.md lists the remaining errors.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Tokenizer:
         """Convert a line to tokens.
 
         Raises:
-            DataError: the line has no words or no reading, which word, phone and kana tokens need.
+            DataError: the line has no words, or a word has no reading (for word, phone and kana tokens).
         """
         if self.unit == "token":
             return line.split()

@@ -1,7 +1,7 @@
 """User dictionary: corrections to the dictionary of pyopenjtalk-plus, and the user's own words.
 
 Both are compiled (3 ms) into one MeCab user dictionary. Corrected words are therefore also segmented
-correctly: 正義 is not split, and 神聖 is not read as two names.
+correctly: 千本桜 is not split, and 神聖 is not read as two names.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NOUNS = {
     "α波": "アルファハ",  # アルファナミ
     "かき氷": "カキゴーリ",  # カキゴオリ
     "この頃": "コノゴロ",  # コノコロ
-    "三日月": "ミカズキ",  # after other words: ミッカ ツキ
+    "三日月": "ミカズキ",  # after と: ミッカ ツキ
     "零時": "レージ",  # after 午前: ゼロ ジ
     "千本桜": "センボンザクラ",  # センボン サクラ
     "五十歩百歩": "ゴジッポヒャッポ",  # ゴジュッポ ヒャッポ
-    "真水": "マミズ",  # after other words: シミズ
+    "真水": "マミズ",  # alone: シミズ
     "一歩": "イッポ",  # alone: ハジメ
     "不孝者": "フコーモノ",  # フコーシャ
     "塩水": "シオミズ",  # エンスイ
@@ -44,7 +44,7 @@ NOUNS = {
     "活用形": "カツヨーケー",  # カツヨーガタ
     "灯り": "アカリ",  # トモリ
     "白鳥": "ハクチョー",  # シラトリ
-    "神聖": "シンセー",  # before a name: カミ キヨシ
+    "神聖": "シンセー",  # alone or before a name: カミ キヨシ
     "給油所": "キューユジョ",  # キューユショ
     "縦書": "タテガキ",  # タテ ショ
     "複数形": "フクスーケー",  # フクスーガタ
@@ -109,7 +109,7 @@ def read_words(path: Path) -> list[tuple[str, str]]:
         surface, _, reading = (part.strip() for part in line.partition("\t"))
         try:
             if not (surface and kana_to_phones(reading)):
-                raise DataError("expected a word, a tab and its reading in kana")
+                raise DataError("expected a word, a tab, and the reading of the word in kana")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from error
         words.append((surface, normalize_kana(reading, surface)))
