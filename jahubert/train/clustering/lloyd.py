@@ -6,9 +6,9 @@ eight, and finally on all frames. If there are more than `lloyd_frames` frames, 
 this size instead, and a single mini-batch pass over all frames follows. Most of the improvement happens on
 small samples, where a pass is cheap.
 
-Frames are read in chunks. A GPU caches chunks in up to half of its free memory. After the small sample, the
-processes share each pass. The results are bit-identical for any number of processes: chunks are assigned to
-16 lanes, lanes are assigned to processes, and the sums of the lanes are added in a fixed order.
+Frames are read in chunks. On a GPU, chunks are cached in up to half of the free memory. After the small
+sample, the processes share each pass. The results are bit-identical for any number of processes: chunks are
+assigned to 16 lanes, lanes are assigned to processes, and the sums of the lanes are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KmeansOptions:
         n_init: number of initializations, of which the best one is used.
         max_iter: maximum number of passes over all frames, or over the sample of `lloyd_frames` frames.
         tol: Lloyd's algorithm stops on a sample when a pass decreases the inertia by at most this fraction.
-            If smaller samples precede the final run, its limit is ten times as high (torch only).
+            If smaller samples precede the final run, this run stops at ten times the fraction (torch only).
         lloyd_frames: maximum number of frames for Lloyd's algorithm. If there are more, a uniform sample of
             this size is clustered, and one mini-batch pass over all frames refines the result (torch only).
         seed: seed of all random choices.

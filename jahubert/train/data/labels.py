@@ -2,9 +2,9 @@
 
 A finished store consists of `units.bin` (uint8 for up to 256 units, otherwise uint16), `offsets.npy` (the
 first frame of each utterance, followed by the total number of frames) and `header.json`, which describes the
-units. While labels are computed, each shard is written atomically to a file in `shards/`, which ends with the
-CRC-32 of the units. A run that is killed or fills the disk therefore loses at most one shard per process, and
-rerunning it produces the same bytes.
+units. While labels are computed, each shard is written atomically, followed by its CRC-32, to a file in
+`shards/`. A run that is killed or fills the disk therefore loses at most one shard per process, and rerunning
+it produces the same bytes.
 """
 
 from __future__ import annotations

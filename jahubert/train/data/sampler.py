@@ -213,7 +213,7 @@ class Sampler:
     def _build(self, epoch: int) -> Epoch:
         rng = seeded_rng(self.seed, epoch, 0)
         n_samples = self.n_samples if self.epoch_lengths is None else self.epoch_lengths(epoch)
-        # Noise in the lengths varies which utterances share a group, with almost no extra padding.
+        # Because of random noise in the lengths, groups differ between epochs, with almost no extra padding.
         by_length = np.argsort(n_samples * rng.uniform(0.97, 1.03, len(self.rows)), kind="stable")
         starts = self._boundaries(n_samples[by_length])
         order = rng.permutation(len(starts) - 1)

@@ -24,7 +24,7 @@ OnBadUnits = Literal["warn", "error"]
 _MIN_USED = 0.9  # minimum fraction of units that occur
 _MIN_PERPLEXITY = 0.25  # minimum perplexity, as a fraction of the number of units
 _MAX_SHARE = 0.3  # maximum fraction of frames with the same unit; silence usually has 0.1 to 0.2
-_ROUNDING = 1e-3  # fraction of frames that may differ between devices
+_ROUNDING = 1e-3  # fraction of frames that may differ because of rounding on different devices
 _SHIFTS = (-2, -1, 1, 2)  # shifts to test, in frames
 _SCAN = 1 << 20  # number of frames to compare at a time
 # Masked accuracy of HuBERT base on LibriSpeech by feature, number of units and updates (fairseq issue 4907).
@@ -188,8 +188,8 @@ def _shift(first_N: np.ndarray, second_N: np.ndarray) -> int:
     return best if 1 - agreement[best] < (1 - agreement[0]) / 2 else 0
 
 
-_MAX_EMPTY = 0.5  # fraction of empty hypotheses from which a model is reported
-_PLATEAU = 0.1  # fraction of updates during which a model that emits only blanks is normal
+_MAX_EMPTY = 0.5  # models with at least this fraction of empty hypotheses are reported
+_PLATEAU = 0.1  # fraction of updates during which it is normal that a model emits only blanks
 
 
 def blank_problem(

@@ -1,10 +1,10 @@
-"""Conversion of plain settings to frozen dataclasses, with all errors reported at once.
+"""Conversion of settings from plain values to frozen dataclasses, with all errors reported at once.
 
 Misspelled keys, wrong types and values out of range are reported before any work starts. Each stage declares
 its settings and their defaults in a `Config`. Some kinds of fields have a special meaning:
 
 - `runtime_field`: a setting that does not change the result (device, workers, logging) and is therefore not
-  part of the provenance.
+  part of provenance records.
 - `Path`: an input file or folder. Provenance records identify it by its content if possible.
 - `model_field`: the `Path` of a model, or the name of a model on the Hub.
 - `split_field`: the name of a split in the manifest.
@@ -129,7 +129,7 @@ def settings_error(errors: Sequence[str]) -> ConfigError:
 
 
 def is_null(value: Any) -> bool:
-    """Return whether a setting is null; the value can come from a file or from the command line."""
+    """Return whether a setting is null. A value from the command line is null if its text is `null`."""
     return value is None or (isinstance(value, str) and value.lower() == "null")
 
 
@@ -153,8 +153,8 @@ def unknown_name_error(
     """Return an error message, with a suggestion, for a name that is unknown or (`missing`) not given.
 
     Args:
-        what: the setting.
-        kind: what the setting names (default: the last part of the setting's own name).
+        what: name of the setting.
+        kind: kind of object that the setting selects; by default, the last part of `what`.
     """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

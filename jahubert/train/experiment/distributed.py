@@ -201,7 +201,7 @@ def rank0_reports() -> Iterator[None]:
 
 
 def gather_interleaved(items: list[T]) -> list[T]:
-    """Gather items that were distributed over the ranks in round-robin order, and restore their order."""
+    """Gather items that were distributed over the ranks in round-robin order, in their original order."""
     if not dist.is_initialized():
         return items
     parts: list[Any] = [None] * world()

@@ -1,4 +1,4 @@
-"""Lock on a stage folder, held by one run at a time; the system releases it if the run is killed."""
+"""Lock on a stage folder, held by one run at a time. The operating system releases it if a run is killed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
 
 
 def file_settings(config: Any) -> set[str]:
-    """Return the names of the settings that `stage_inputs` replaces by fingerprints of files or folders."""
+    """Return the names of the settings that `stage_inputs` replaces with fingerprints of files or folders."""
     return {
         name
         for name, value in result_fields(config).items()

@@ -105,7 +105,7 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
     """Import the object to which `name`, a key of `table` or an import path, refers.
 
     Args:
-        what: the kind of object, for error messages.
+        what: name of the setting that `name` comes from, for error messages.
 
     Raises:
         ConfigError: the entry, module, file or attribute does not exist.

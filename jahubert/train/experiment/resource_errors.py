@@ -27,7 +27,7 @@ from jahubert.train.experiment import distributed
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
 )
-_MIN_FREE_BYTES = 1 << 20  # below this free space, an error of any library is attributed to a full disk
+_MIN_FREE_BYTES = 1 << 20  # if less space is free, any unexpected error is attributed to a full disk
 _OOM_SUMMARY = re.compile(r".*? is free|[^\n]*")  # torch's message without the allocator details
 _WORKER_KILLED = re.compile(
     r"DataLoader worker \(pid[^\n]*?\) (is killed by signal: \w+|exited unexpectedly)"

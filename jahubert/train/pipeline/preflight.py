@@ -99,7 +99,7 @@ def _check_compiler(train: TrainConfig, device: torch.device | None) -> None:
 
 
 def _machine_errors(stage: str, config: Any, processes: int) -> Iterator[str]:
-    """Yield errors in the training settings of a stage. Each process checks the index of its GPU later."""
+    """Yield errors in the device and training settings of a stage. Each process checks its own GPU later."""
     train = getattr(config, "train", None)
     device = getattr(config if train is None else train, "device", None)
     kind = None

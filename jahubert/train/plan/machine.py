@@ -88,7 +88,7 @@ class Machine:
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
-    """Measure the speeds of training (in float32 and the run's 16-bit dtypes), decoding and MFCCs."""
+    """Measure the speed of training in float32 and the run's 16-bit dtypes, of decoding, and of MFCCs."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
     # Features and labels are always computed in float32.

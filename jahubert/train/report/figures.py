@@ -1,6 +1,7 @@
 """Figures for the report as data URIs, so that the HTML page needs no other files.
 
-Figures contain only numbers, phones and names, so that they suit every language. The page has the captions.
+Figures contain only numbers, phones and names, and therefore do not depend on the language of the page. The
+page contains the captions.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ class Config:
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fraction: float = 1.0  # fraction of the labeled training utterances to use, in manifest order
-    hours: float | None = None  # maximum hours to use, drawn at random after `fraction`; null: no limit
+    # Maximum hours of training audio. The utterances are drawn at random, after `fraction` is applied. null:
+    # no limit.
+    hours: float | None = None
     freeze_conv: bool = True  # whether to freeze the convolutional front end
     head_only_steps: int = 10_000  # number of updates at the start that train only the CTC head
     dropout: float = 0.0  # replaces the value of the pretrained model or of model.dropout

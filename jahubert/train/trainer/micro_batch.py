@@ -22,7 +22,7 @@ AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 
 # Fraction of GPU memory that tensors may use. The rest is left for CUDA itself, kernels and fragmentation.
 _USABLE = 0.85
-# Limits in seconds and in bytes of activations on a CPU, where larger micro-batches are not faster.
+# Limits for a CPU, in seconds of audio and in bytes of activations. Larger micro-batches are not faster.
 _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
 # Factors for the number of values that are stored for the backward pass. A Transformer block stores
 # `_PER_WIDTH * width + _PER_FFN * ffn` values per frame. The front end stores the outputs of all convolutions
