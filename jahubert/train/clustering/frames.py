@@ -44,7 +44,7 @@ class FrameFile:
             return frames_ND
         except (ValueError, EOFError) as error:
             raise DataError(
-                f"{self.path}: not a .npy file ({error}); delete {self.path.parent} and rerun the stage"
+                f"{self.path}: not a .npy file ({error}); delete {self.path.parent} and rerun its stage"
             ) from error
 
 

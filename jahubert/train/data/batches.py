@@ -191,11 +191,11 @@ def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarr
     if not keep.all():
         log.log(
             logging.WARNING if keep.mean() < 0.5 else logging.INFO,
-            "pretraining on %s skips %d of %d utterances, which are shorter than crop.min_seconds=%g",
+            "pretraining on %s: utterances skipped as shorter than crop.min_seconds=%g: %d of %d",
             split,
+            min_seconds,
             len(rows) - keep.sum(),
             len(rows),
-            min_seconds,
         )
     kept: np.ndarray = rows[keep]
     return kept

@@ -46,8 +46,7 @@ log = logging.getLogger(__name__)
 FORMAT = b"1"
 _MISSING_AUDIO_HINT = (
     "Restore the original recording and rerun the same command. To train without it, start a new "
-    "experiment (name=...) from stage=prepare, which rejects unreadable audio; all later stages must then "
-    "run again"
+    "experiment (name=...) with stage=prepare, which rejects unreadable audio, and run all later stages again"
 )
 _BATCH_ROWS = 8192  # rows per record batch, except that each archive has a batch of its own
 _SCHEMA = pa.schema(
@@ -446,7 +445,7 @@ class Manifest:
                 keep &= np.asarray(pc.greater(pc.list_value_length(self._rows.column(column)), 0)) == wanted
         if split is not None and split not in self.counts["splits"]:
             splits = ", ".join(self.counts["splits"])
-            raise DataError(f"{self.path} has no split {quote(split)}; its splits are: {splits}")
+            raise DataError(f"{self.path} has no split {quote(split)}; available splits: {splits}")
         return np.flatnonzero(keep)
 
     def load(self, i: int, start: int = 0, n_samples: int | None = None) -> torch.Tensor:

@@ -212,6 +212,6 @@ def blank_problem(
         f"after {step} updates{trained}, {empty:.0%} of the development utterances have an empty hypothesis "
         f"and {blank:.1%} of the frames are blank: the model is still on the blank plateau. Check that the "
         "targets match the audio (stage=targets, rejected.jsonl) and that finetune.pretrained is the right "
-        "model; then try doubling finetune.train.lr, fewer finetune.head_only_steps, a smaller "
+        "model; then try twice the finetune.train.lr, fewer finetune.head_only_steps, a smaller "
         "finetune.mask.prob, or more updates. From scratch, thousands of updates on the plateau are normal"
     )

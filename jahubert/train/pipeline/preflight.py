@@ -57,7 +57,8 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
         except DataError:  # the stage itself reports a damaged manifest
             continue
         errors += [
-            f"{stage}.{name}={split}: {path} has no such split; its splits are {', '.join(splits_of[path])}"
+            f"{stage}.{name}={split}: {path} has no such split; available splits: "
+            f"{', '.join(splits_of[path])}"
             for name, split in split_fields(config)
             if split not in splits_of[path]
         ]

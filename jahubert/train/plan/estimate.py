@@ -161,7 +161,7 @@ def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> 
     subset = tree.get("subset")
     hours = given_hours or value_for_subset(tree.get("hours"), subset)
     if not hours:
-        unknown = f" and the recipe has no hours for subset={subset}" if tree.get("hours") else ""
+        unknown = f" and the recipe has no hours for subset={subset or 'null'}" if tree.get("hours") else ""
         raise ConfigError(
             f"{manifest} does not exist yet{unknown}; set the hours of speech, for example hours=19000"
         )
@@ -302,7 +302,7 @@ def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine:
     _, dim = _feature_cost(features, model)
     flops = 2.0 * features.sample_frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
     hours = flops / machine.flops_fp32 / machine.n_devices / 3600
-    note = f"at most {config.max_iter} iterations"
+    note = f"for max_iter={config.max_iter} passes"
     return StageEstimate(name, hours, 4.0 * dim * config.n_clusters, None, note)
 
 

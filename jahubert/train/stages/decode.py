@@ -159,7 +159,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )
         if len(rows) < len(split_rows):
             log.warning(
-                "%s: %d of %d utterances have no target and are not decoded (for the reasons, see %s)",
+                "%s: utterances that are not decoded because they have no target: %d of %d (see %s)",
                 split, len(split_rows) - len(rows), len(split_rows), config.targets / "rejected.jsonl",
             )  # fmt: skip
         counts[split] = len(rows)
@@ -204,7 +204,7 @@ def tune(
     rows = np.intersect1d(rows, targets.labeled_rows)
     if not len(rows):
         raise DataError(
-            f"decode.tune_splits: no utterance of {list(config.tune_splits)} has a target; "
+            f"decode.tune_splits: no utterance of {', '.join(config.tune_splits)} has a target; "
             "choose other splits"
         )
     batches = [

@@ -111,8 +111,8 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     if config.layer is not None and fitted["layer"] not in (None, config.layer):
         raise DataError(
             f"{config.centroids}: centroids were fitted to layer {fitted['layer']}, but features.layer is "
-            f"{config.layer}; set label.centroids to centroids of layer {config.layer}, or rerun stages "
-            "features and kmeans"
+            f"{config.layer}; set label.centroids to centroids of layer {config.layer}, or rerun the "
+            "stages features and kmeans"
         )
     # Centroid files are untrusted, so they must not determine which code is imported.
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
@@ -130,8 +130,8 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
     ]
     if mismatches:
         raise DataError(
-            f"{config.centroids}: the centroids were fitted to different features than those of label.model="
-            f"{config.model}: {'; '.join(mismatches)}"
+            f"{config.centroids}: the centroids were fitted to other features than those that "
+            f"label.model={config.model or 'null'} yields: {'; '.join(mismatches)}"
         )
     header = LabelHeader(
         n_units=len(centroids_KD),

@@ -90,7 +90,7 @@ def prepare(config: Config, out: Path) -> dict[str, Any]:
     if counts["rejected"]:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts["rejected"].items())
         log.warning(
-            "rejected %d utterances (%s); see %s/rejected.jsonl",
+            "rejected utterances: %d (%s); see %s/rejected.jsonl",
             sum(counts["rejected"].values()),
             reasons,
             out,

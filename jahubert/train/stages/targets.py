@@ -80,7 +80,7 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
     ):
         n_symbols = write_targets(out, rows(), symbols)
     for reason, n in reasons.most_common():
-        log.warning("rejected %d utterances (%s); see %s", n, reason, out / "rejected.jsonl")
+        log.warning("rejected utterances: %d (%s); see %s", n, reason, out / "rejected.jsonl")
     if not sources:
         raise DataError(f"{config.manifest}: no utterance has usable text; see {out}/rejected.jsonl")
     return {

@@ -81,7 +81,7 @@ class MetricLog:
             line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
             line += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
             line += f"  waiting for data {timing['waiting']:.1%}"
-            line += f"  {timing['compiled_graphs']} graphs compiled" if timing.get("compiled_graphs") else ""
+            line += f"  compiled graphs: {timing['compiled_graphs']}" if timing.get("compiled_graphs") else ""
             line += f"  {duration(remaining)} left"
             log.info("step %d/%d  %s", step, self.config.max_steps, line)
 

@@ -75,8 +75,8 @@ def test_crop_and_mask_depend_only_on_seed_epoch_and_utterance(corpus):
 def test_short_utterances_are_skipped_and_counted(corpus, caplog):
     caplog.set_level(logging.INFO)
     assert sorted(pretraining(corpus).sampler.rows.tolist()) == [0, 1, 2, 3]
-    assert "skips 1 of 5" in caplog.text
-    with pytest.raises(DataError, match=r"min_seconds is 10.*split train has 4.00 s"):
+    assert "min_seconds=0.5: 1 of 5" in caplog.text
+    with pytest.raises(DataError, match=r"min_seconds is 10.*split train lasts 4.00 s"):
         pretraining(corpus, crop=CropConfig(min_seconds=10.0))
 
 

@@ -183,7 +183,9 @@ def test_missing_splits_are_reported_all_at_once(capsys, copy):
     wrong = ["pretrain.valid_split=devv", "finetune.dev_splits=[dev,nope]", "decode.align_splits=[tset]"]
     message = rejected(capsys, copy, "stage=all", SCRATCH, *wrong)
     for setting in ("pretrain.valid_split=devv", "finetune.dev_splits=nope", "decode.align_splits=tset"):
-        assert f"{setting}: {copy}/prepare/manifest.arrow has no such split; its splits are dev, " in message
+        assert (
+            f"{setting}: {copy}/prepare/manifest.arrow has no such split; available splits: dev, " in message
+        )
     assert "dev_splits=dev:" not in message and len(message.splitlines()) == 3
 
 

@@ -290,7 +290,7 @@ def test_too_long_targets_are_rejected_and_counted(tmp_path, caplog):
     metrics = targets.run(targets.Config(manifest), tmp_path / "targets")
     assert HUBERT.n_frames(16_000) == 49
     assert metrics["rejected"] == {"target longer than its audio": 2} and metrics["utterances"] == 2
-    assert "rejected 2 utterances (target longer than its audio)" in caplog.text
+    assert "rejected utterances: 2 (target longer than its audio)" in caplog.text
     lines = (tmp_path / "targets/rejected.jsonl").read_text().splitlines()
     assert Counter(json.loads(line)["id"] for line in lines) == {"n50": 1, "n120": 1}
     assert TargetStore(tmp_path / "targets").labeled_rows.tolist() == [0, 1]

@@ -229,4 +229,4 @@ def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
     assert [row["timing"]["compiled_graphs"] for row in rows if "timing" in row] == [1, 0, 0, 0]
     assert sum("valid_loss" in row for row in rows) == 4
     messages = [record.message for record in caplog.records if "audio-h/h" in record.message]
-    assert ["graphs compiled" in message for message in messages] == [True, False, False, False]
+    assert ["compiled graphs: " in message for message in messages] == [True, False, False, False]
