@@ -113,7 +113,7 @@ class CtcBatch(_Batch):
     channel_mask_BD: Tensor | None
     target_L: Tensor  # int64
     n_target_B: Tensor  # int64, on the CPU
-    shape: PackedShape | None = None  # passed to the model
+    shape: PackedShape | None = None  # shape that is passed to the model
 
     def __post_init__(self) -> None:
         if int(self.n_target_B.sum()) != len(self.target_L):

@@ -364,7 +364,7 @@ class Manifest:
         try:
             self.fingerprint: str = metadata[b"fingerprint"].decode()
             self.counts: dict[str, Any] = json.loads(metadata[b"counts"])
-            self.counts["splits"].keys()  # raises an error unless it is a mapping, on which other code relies
+            self.counts["splits"].keys()  # raises an error unless it is a mapping, as other code expects
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
         self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions

@@ -89,7 +89,7 @@ def process_group(report: Callable[[BaseException], int] = _print_traceback) -> 
     dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
-    except (Stopped, SystemExit):  # all ranks raise these
+    except (Stopped, SystemExit):  # all ranks raise these exceptions
         dist.destroy_process_group()
         raise
     except BaseException as error:
@@ -181,7 +181,7 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         failure = box[1]
-        if rank() != 0:  # rank 0 reports it
+        if rank() != 0:  # rank 0 reports the error
             if isinstance(failure, OSError):
                 failure = (UserError if failure.filename else JahubertError)(str(failure))
             failure.reported = True

@@ -345,7 +345,7 @@ def _short(value: Any) -> str:
 
 
 def stage_states(root: Path) -> list[dict[str, Any]]:
-    """Return the state of each stage in an experiment, in the order in which the stages were started.
+    """Return the state of each stage in an experiment, ordered by the modification time of `started.json`.
 
     Raises:
         DataError: `root` contains no stage output, or a record is unreadable.

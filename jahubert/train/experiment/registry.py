@@ -152,7 +152,7 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=None)
     assert spec is not None and spec.loader is not None  # this holds for every .py file
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module
+    sys.modules[name] = module  # `dataclass` looks up the module of a class by name
     folder = path.resolve().parent
     _forget_other_folders(folder)
     sys.path.insert(0, str(folder))  # a recipe may import files in its folder

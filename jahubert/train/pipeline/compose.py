@@ -218,7 +218,7 @@ def _apply(tree: Any, override: Override) -> None:
     from omegaconf import OmegaConf
 
     key, value = override.key, override.value
-    if key in ("model", "iteration") or key.startswith("by_iteration."):  # these are already in the tree
+    if key in ("model", "iteration") or key.startswith("by_iteration."):  # already in the tree
         return
     if not override.delete:
         parent: Any = tree

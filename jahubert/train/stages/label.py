@@ -64,7 +64,7 @@ class Config:
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
     batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
-    # Whether to warn or raise an error if too few units are used, one is too frequent, or `compare_with`
+    # Whether to warn or raise an error if too few units are used, a unit is too frequent, or `compare_with`
     # differs (see evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 

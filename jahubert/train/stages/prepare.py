@@ -58,8 +58,8 @@ class Config:
     # Whether to decode every utterance and reject broken audio now, rather than fail during training. If all
     # audio is intact, the manifest lists the same utterances in both cases.
     check_audio: bool = runtime_field(True)
-    # Maximum share of utterances that are rejected for unusable audio. If more than this share (and more than
-    # one) are rejected, the stage ends with an error. 0: any unusable audio ends the stage.
+    # Maximum share of utterances that may be rejected for unusable audio. If this share is exceeded and more
+    # than one utterance is rejected, the stage ends with an error. 0: any unusable audio is an error.
     max_unusable: float = runtime_field(0.05)
 
     def __post_init__(self) -> None:

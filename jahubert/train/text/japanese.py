@@ -133,7 +133,7 @@ def features_to_words(features: Sequence[Feature]) -> list[Word]:
         if not kana:
             joined = False
             continue
-        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads these as full-size vowels
+        if joined and feature["string"][0] in _SMALL_VOWELS:  # the analyzer reads it as a full-size vowel
             kana = _small_vowel_reading(words[-1][1], feature["string"][0]) + kana[1:]
         if joined and (kana[0] in "ー" + _SMALL_VOWELS or _NO_VOWEL.fullmatch(kana)):
             surface, before = words[-1]

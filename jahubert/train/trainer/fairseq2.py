@@ -149,7 +149,7 @@ class _TrainingRun:
             out, self.gangs, files, *tensors, _StandardThreadPool(1), checkpoint_dir=self.folder
         )
         self.state_path = self.folder / "run.json"
-        self.stop = StopSignals()  # received by this process
+        self.stop = StopSignals()  # the signals that this process has received
         self.stop_requested = False  # True if any process has received a stop signal
         self.metric_bag: MetricBag  # set by the Trainer
         self.step = self.manager.maybe_get_last_step_number(exclude_model_only=True) or 0
@@ -157,7 +157,7 @@ class _TrainingRun:
         self._restore()
 
     def _restore(self) -> None:
-        """Check the checkpoint that the Trainer will load, and load what fairseq2 does not store."""
+        """Check the checkpoint that the Trainer will load, and load state that fairseq2 does not store."""
         self.folder.mkdir(parents=True, exist_ok=True)
         n_saved = len(list((self.folder / f"step_{self.step}" / "trainer").glob("rank_*.pt")))
         if self.step and n_saved != distributed.world():
@@ -390,7 +390,7 @@ class _Unit(TrainUnit):
         run.stop_requested = totals["stop"] > 0
         self.stopping = run.stop_requested or self.step + 1 >= run.config.max_steps
         if self.stopping:
-            self.trainer.request_stop()  # after this step
+            self.trainer.request_stop()  # takes effect after this step
 
 
 class _Recorder(MetricRecorder):

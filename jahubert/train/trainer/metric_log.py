@@ -44,7 +44,7 @@ class MetricLog:
         self.best_crc32: str | None = None  # checksum of the best weights, set only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
-        self.graphs = compiled_graphs()  # at the last log line
+        self.graphs = compiled_graphs()  # number of compiled graphs at the last log line
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -54,7 +54,7 @@ class MetricLog:
             setattr(self, name, state[name])
 
     def trim(self, step: int) -> None:
-        """Drop what a killed run logged after `step`, and open the tracker, so that logging can continue."""
+        """Drop the metrics that a killed run logged after `step`, and open the tracker."""
         if distributed.rank() == 0:
             trim_metrics(self.out / "metrics.jsonl", step)
             self.tracker = open_tracker(self.config, self.out, step)

@@ -192,7 +192,7 @@ class _TrainingRun:
         self.metric_log = MetricLog(module, config, out)
         self.micro_batches: MicroBatches | None = None
         self.window = Window()
-        self.stop = StopSignals()  # received by this process
+        self.stop = StopSignals()  # the signals that this process has received
         self.stop_requested = False  # True if any process has received a stop signal
 
     def close(self) -> None:
