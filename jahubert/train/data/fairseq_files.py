@@ -126,7 +126,7 @@ def import_units(manifest: Manifest, folder: Path, out: Path, shard_size: int = 
         manifest=manifest.fingerprint,
         normalize=False,
     )
-    # An interrupted import starts over, because it is fast and the files may have been fixed in the meantime.
+    # An interrupted import starts over: importing is fast, and the files may have been fixed in the meantime.
     remove_folder(out / "shards")
     writer = LabelWriter(out, header, HUBERT.n_frames(manifest.n_samples), shard_size)
     units = _units(manifest, folder, n_units)

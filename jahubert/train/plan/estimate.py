@@ -69,7 +69,7 @@ class Plan:
     stages: list[StageEstimate]
     corpus: Corpus
     machine: Machine
-    days: dict[int, float]  # number of GPUs -> total duration of all stages; empty for a CPU
+    days: dict[int, float]  # number of GPUs -> days for all stages; empty for a CPU
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -194,7 +194,7 @@ def estimate_stages(
             estimate = _label(name, features, kmeans, model, corpus, machine)
         elif stage == "prepare":
             hours = corpus.hours / machine.decode_speed / 8 if config.check_audio else None
-            note = "decodes all audio in 8 threads" if config.check_audio else "does not decode audio"
+            note = "decodes all audio, with 8 threads" if config.check_audio else "does not decode audio"
             estimate = StageEstimate(name, hours, 250.0 * corpus.utterances, None, note)
         else:
             estimate = StageEstimate(name, None, None, None, "short compared with other stages")

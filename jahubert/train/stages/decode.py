@@ -2,10 +2,10 @@
 
 Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
 Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, the score of the
-        hypothesis (with an n-gram, including its weighted score), the mean log-probabilities of the labels
-        of each word, and if configured the n-best list and the words as written in the lexicon;
-        phonemes.json: the vocabulary; with `align_splits` also alignment.jsonl: phone and word times; with
-        `tune_splits` also tuning.json: the error rate for each weight and bonus tried
+        hypothesis (including the weighted score of the n-gram, if any), the mean log-probabilities of the
+        labels of each word, and, if configured, the n-best list and the words as written in the lexicon;
+        phonemes.json: the vocabulary; with `align_splits`, also alignment.jsonl: phone and word times; with
+        `tune_splits`, also tuning.json: the error rate for each weight and bonus tried
 
     python -m jahubert.run recipe=demo stage=decode system=pretrained decode.beam=20
     python -m jahubert.run recipe=demo stage=decode system=pretrained decoding=greedy decode.search=greedy

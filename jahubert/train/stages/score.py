@@ -4,7 +4,7 @@ Reads   the hypotheses written by the decode stage, and those of another system 
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
         significance test against the baseline and the reliability of confidences; <split>.txt: the same
         results as text, with an alignment of every utterance; table.txt: the printed table; with
-        `calibration_split` also calibration.json: the calibration of confidences
+        `calibration_split`, also calibration.json: the calibration of confidences
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \

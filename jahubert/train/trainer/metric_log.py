@@ -40,7 +40,7 @@ class MetricLog:
     def __init__(self, module: nn.Module, config: TrainConfig, out: Path):
         self.module, self.config, self.out = module, config, out
         self.best_value = math.inf
-        self.best_metrics: dict[str, float] = {}  # with "best_step"; empty before the first validation
+        self.best_metrics: dict[str, float] = {}  # including "best_step"; empty before validation
         self.best_crc32: str | None = None  # checksum of the best weights, set only on rank 0
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None

@@ -156,7 +156,7 @@ def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
 
 def compiled_graphs() -> int:
     """Return how often torch.compile has compiled a graph in this process, including recompilations."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing this module takes a second
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
