@@ -44,7 +44,8 @@ class AugmentConfig:
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio in dB
     # Probability of mixing in up to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
-    mix_snr_db: tuple[float, float] = (5.0, 20.0)  # range of the level relative to the mixed-in speech in dB
+    # Range of the level of the utterance relative to the mixed-in speech in dB.
+    mix_snr_db: tuple[float, float] = (5.0, 20.0)
     noise_prob: float = 0.0  # probability of stationary noise
     noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the signal-to-noise ratio in dB
     noise_tilt: tuple[float, float] = (0.0, 2.0)  # range of the spectral slope: 0 white, 1 pink, 2 brown
@@ -53,7 +54,7 @@ class AugmentConfig:
     band_high_hz: tuple[float, float] = (3400.0, 7600.0)  # range of the upper cutoff frequency
     codec_prob: float = 0.0  # probability of mu-law quantization
     codec_bits: tuple[int, int] = (5, 8)  # range of the number of bits per sample
-    gain_prob: float = 0.0  # probability of a gain, with clipping at full scale
+    gain_prob: float = 0.0  # probability of a random gain, after which samples are clipped at full scale
     gain_db: tuple[float, float] = (-20.0, 6.0)  # range of the change in level in dB
 
     def __post_init__(self) -> None:

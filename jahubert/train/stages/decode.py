@@ -64,10 +64,10 @@ _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a
 class Config:
     manifest: Path  # manifest.arrow of the prepare stage
     targets: Path  # output folder of the targets stage
-    model: Path = model_field()  # output folder of the finetune stage, or a CTC bundle
+    model: Path = model_field()  # output folder of the finetune stage, or another model with a CTC head
     splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
-    search: Literal["beam", "greedy"] = "beam"  # greedy: use the best symbol of each frame
+    search: Literal["beam", "greedy"] = "beam"  # kind of search; greedy: use the best symbol of each frame
     beam: int = 20  # width of the beam search
     n_best: int = 1  # number of hypotheses to write per utterance
     lm: Path | None = None  # n-gram model (ARPA, plain or gzip) over symbols, or over words of the lexicon
@@ -80,7 +80,8 @@ class Config:
     # Whether to remove DC offset and hum, normalize the level, and suppress phones outside speech.
     vad: bool = True
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
+    # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
+    batch_seconds: float = runtime_field(80.0)
 
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})

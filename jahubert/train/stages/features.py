@@ -58,7 +58,8 @@ class Config:
     sample_frames: int = 2_000_000  # number of frames to sample; all frames if the split has fewer
     seed: int = 0  # random seed for drawing the frames
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
+    # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
+    batch_seconds: float = runtime_field(80.0)
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
 
     def __post_init__(self) -> None:

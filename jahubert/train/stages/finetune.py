@@ -84,12 +84,13 @@ class Config:
     hours: float | None = None
     freeze_conv: bool = True  # whether to freeze the convolutional front end
     head_only_steps: int = 10_000  # number of updates at the start that train only the CTC head
-    dropout: float = 0.0  # replaces the value of the pretrained model or of model.dropout
-    attention_dropout: float = 0.0  # replaces the value of the pretrained model or of model.attention_dropout
-    # Replaces the value of the pretrained model or of model.activation_dropout.
+    dropout: float = 0.0  # dropout; replaces the pretrained model's value or model.dropout
+    # Attention dropout; replaces the pretrained model's value or model.attention_dropout.
+    attention_dropout: float = 0.0
+    # Activation dropout; replaces the pretrained model's value or model.activation_dropout.
     activation_dropout: float = 0.1
-    input_dropout: float = 0.0  # replaces the value of the pretrained model or of model.input_dropout
-    layer_drop: float = 0.1  # replaces the value of the pretrained model or of model.layer_drop
+    input_dropout: float = 0.0  # input dropout; replaces the pretrained model's value or model.input_dropout
+    layer_drop: float = 0.1  # layer drop; replaces the pretrained model's value or model.layer_drop
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
     # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"

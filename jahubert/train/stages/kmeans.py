@@ -37,7 +37,7 @@ class Config:
     n_clusters: int = 100  # number of clusters
     backend: Literal["torch", "faiss", "sklearn"] = "torch"  # k-means implementation
     n_init: int = 3  # number of initializations, of which the best one is used
-    max_iter: int = 100  # maximum number of passes over all frames (or the sample of lloyd_frames)
+    max_iter: int = 100  # maximum number of passes over all frames or the sample of lloyd_frames frames
     # Maximum number of frames for Lloyd's algorithm. If there are more, the algorithm runs on a sample of
     # this size, and one mini-batch pass over all frames follows (backend torch only).
     lloyd_frames: int = 10_000_000
@@ -45,7 +45,7 @@ class Config:
     seed: int = 0  # random seed for held-out frames, samples and initial centroids
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
     # Whether to warn or raise an error if too few clusters are used or a cluster is too large (see
-    # evaluation/unit_checks.py).
+    # jahubert/train/evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:

@@ -55,17 +55,18 @@ class Config:
     manifest: Path  # manifest.arrow of the prepare stage
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model whose features were clustered
-    layer: int | None = runtime_field(None)  # for hubert: the expected layer of the centroids
+    layer: int | None = runtime_field(None)  # for hubert: layer to which the centroids must have been fitted
     # Custom feature extractor (module:attribute or file.py:attribute). Its code is imported only if the
     # centroids were fitted to its features.
     feature: str | None = runtime_field(None)
     compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
     shard_size: int = runtime_field(2000)  # number of utterances per intermediate file
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    batch_seconds: float = runtime_field(80.0)  # maximum audio per batch, unless an utterance is longer
+    # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
+    batch_seconds: float = runtime_field(80.0)
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
     # Whether to warn or raise an error if too few units are used, a unit is too frequent, or `compare_with`
-    # differs (see evaluation/unit_checks.py).
+    # differs (see jahubert/train/evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:

@@ -35,8 +35,9 @@ KEEP = False  # the report is always regenerated, because it depends on all fini
 @dataclass(frozen=True)
 class Config:
     exp: Path  # folder of the experiment
-    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
-    compare_with: tuple[Path, ...] = ()  # experiments to show in the same tables and figures
+    # Published WERs (%) to show for comparison, as name: {split: WER}.
+    published: dict[str, Any] = field(default_factory=dict)
+    compare_with: tuple[Path, ...] = ()  # folders of experiments to show in the same tables and figures
     language: Literal["en", "ja"] = "en"  # language of the HTML page
     # Number of utterances per system in each of the groups worst, median and best. An utterance adds about
     # 0.2 MB to the page.

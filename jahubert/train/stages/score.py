@@ -51,7 +51,8 @@ _N_CONFUSIONS = 30
 class Config:
     hypotheses: Path  # output folder of the decode stage
     baseline: Path | None = None  # folder with hypotheses of another system, for a paired significance test
-    published: dict[str, Any] = field(default_factory=dict)  # name -> {split: WER %}, shown for comparison
+    # Published WERs (%) to show for comparison, as name: {split: WER}.
+    published: dict[str, Any] = field(default_factory=dict)
     calibration_split: str | None = None  # split on which the word confidences are calibrated
     samples: int = 1000  # number of bootstrap samples
     seed: int = 0  # random seed of the bootstrap

@@ -23,12 +23,13 @@ class TrainConfig:
     """
 
     max_steps: int = 400_000  # number of updates
-    batch_seconds: float = 2800.0  # audio per step over all devices, with gradient accumulation if necessary
+    # Seconds of audio per step over all devices. Gradients are accumulated if necessary.
+    batch_seconds: float = 2800.0
     # Number of groups per step, where a group consists of utterances with similar lengths; null: derived from
     # batch_seconds (8 for 2,800 s).
     groups: int | None = None
-    # Maximum audio per device and forward pass, including padding; null: derived from the memory of a GPU, or
-    # a fixed limit on a CPU.
+    # Maximum seconds of audio per device and forward pass, including padding; null: derived from the memory
+    # of a GPU, or a fixed limit on a CPU.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.
@@ -52,15 +53,15 @@ class TrainConfig:
     compile: bool = runtime_field(False)
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
     workers: int = runtime_field(0)  # number of DataLoader workers per process; 0: no separate workers
-    log_every: int = runtime_field(50)  # steps between log lines
+    log_every: int = runtime_field(50)  # number of steps between log lines
     # Destination of training curves in addition to metrics.jsonl: TensorBoard event files, or a Weights &
     # Biases run (offline unless the environment variable WANDB_MODE is set).
     tracker: Literal["tensorboard", "wandb"] = runtime_field("tensorboard")
-    save_every: int = runtime_field(1000)  # steps between checkpoints
+    save_every: int = runtime_field(1000)  # number of steps between checkpoints
     keep_last: int = runtime_field(2)  # number of newest checkpoints to keep
     # Also keep the checkpoints at multiples of this number of steps, which save_every must divide; 0: none.
     keep_every: int = runtime_field(0)
-    valid_every: int = 1000  # steps between validations; 0: never validate
+    valid_every: int = 1000  # number of steps between validations; 0: never validate
 
     def __post_init__(self) -> None:
         errors = range_errors(
