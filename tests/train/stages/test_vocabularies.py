@@ -245,7 +245,7 @@ def test_targets_follow_the_vocabulary():
 @pytest.mark.parametrize(
     ("item", "settings", "message"),
     [
-        (utterance(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in 'k x'"),
+        (utterance(words=(("k", "x"),)), {}, "symbol outside the vocabulary: 'x' in the word 'k x'"),
         (utterance(text="…"), {"vocabulary": "characters"}, "text without letters: '…'"),
         (utterance(text="Привет"), {}, "text without a reading: "),
         (
