@@ -17,6 +17,7 @@ from jahubert.model.kernels.dispatch import is_tracing, is_transformed
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import keep_mask, keep_probability
 from jahubert.model.kernels.packing import Packing, Rectangle
+from jahubert.model.kernels.products import product
 from jahubert.model.kernels.weights import linear
 from jahubert.model.precision import autocast_dtype
 
@@ -43,7 +44,10 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
         q_NHE, k_NHE, v_NHE = linear(x_ND, *projections).unflatten(1, (3, module.heads, -1)).unbind(1)
     else:
         x_ND = x_ND.to(autocast_dtype(x_ND))  # one cast here replaces a cast in each of the three products
-        q_NHE, k_NHE, v_NHE = (project(x_ND).unflatten(1, (module.heads, -1)) for project in projections)
+        q_NHE, k_NHE, v_NHE = (
+            product(x_ND, project.weight, project.bias).unflatten(1, (module.heads, -1))
+            for project in projections
+        )
     dropout = module.dropout if module.training else 0.0
     out_ND = attend(q_NHE, k_NHE, v_NHE, packing, dropout).flatten(1)
     return linear(out_ND, module.out_proj)

@@ -29,6 +29,7 @@ from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
 from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
+from jahubert.model.kernels.products import matmul_into
 from jahubert.model.layers import length_list
 from jahubert.model.precision import autocast_dtype
 
@@ -242,7 +243,7 @@ class _GeluConv(torch.autograd.Function):
             rows = F.gelu(rows) if gelu else rows
             for j, tap in enumerate(taps):  # row i contributes to outputs i, i - 1, ...
                 begin = max(start, j)
-                y_NO[begin - j : stop - j].addmm_(rows[begin - start :, : len(tap)], tap, beta=int(j > 0))
+                matmul_into(y_NO[begin - j : stop - j], rows[begin - start :, : len(tap)], tap, add=j > 0)
         ctx.save_for_backward(x, factor, *taps)
         return y_NO
 
@@ -265,7 +266,7 @@ class _GeluConv(torch.autograd.Function):
                 grad = grad_NO[begin - j : stop - j]
                 _add_product(grad_tap, active[begin - start :, : len(tap)].T, grad)
                 if needs:
-                    grad_rows[begin - start :, : len(tap)].addmm_(grad, tap.T, beta=int(j > 0))
+                    matmul_into(grad_rows[begin - start :, : len(tap)], grad, tap.T, add=j > 0)
             if ctx.gelu and needs:
                 torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_rows)
             if factor is not None and grad_factor is not None:
@@ -309,6 +310,6 @@ def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tupl
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to `total`, which is float32."""
     if a.dtype is total.dtype:
-        total.addmm_(a, b)
+        matmul_into(total, a, b, add=True)
     else:
         total.add_(a @ b)

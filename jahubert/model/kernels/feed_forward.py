@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import dropout
+from jahubert.model.kernels.products import matmul, product
 from jahubert.model.kernels.weights import linear, weight_copy
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def feed_forward(module: FeedForward, x_ND: Tensor) -> Tensor:
     ):
         inputs = inner, weight_copy(inner.dtype, output.weight), weight_copy(inner.dtype, output.bias)
         return with_double_backward(_GeluLinear.apply(*inputs), _gelu_linear, *inputs)
-    out: Tensor = output(dropout(inner_dropout, F.gelu(inner)))
-    return out
+    return product(dropout(inner_dropout, F.gelu(inner)), output.weight, output.bias)
 
 
 def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return product(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_weight = grad.T @ F.gelu(x)
-        grad_x = grad @ weight
+        grad_weight = matmul(grad.T, F.gelu(x))
+        grad_x = matmul(grad, weight)
         torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad.sum(0)

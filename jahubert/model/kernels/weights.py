@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from jahubert.model.kernels.dispatch import is_tracing
+from jahubert.model.kernels.products import product
 from jahubert.model.precision import autocast_dtype
 
 
@@ -66,12 +66,11 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Compute the concatenated outputs of linear layers for `x`, as one product if all have biases."""
-    if len(modules) == 1 and (is_tracing() or _shared is None):
-        out: Tensor = modules[0](x)  # if autocast is enabled, it converts the weight
-        return out
+    if len(modules) == 1 and (is_tracing() or _shared is None):  # if autocast is on, it converts the weight
+        return product(x, modules[0].weight, modules[0].bias)
     if any(module.bias is None for module in modules):
-        return torch.cat([module(x) for module in modules], dim=-1)
+        return torch.cat([product(x, module.weight, module.bias) for module in modules], dim=-1)
     dtype = autocast_dtype(x)
     weight = weight_copy(dtype, *(module.weight for module in modules))
     bias = weight_copy(dtype, *(module.bias for module in modules))
-    return F.linear(x.to(dtype), weight, bias)
+    return product(x.to(dtype), weight, bias)

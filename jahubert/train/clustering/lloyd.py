@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
+from jahubert.model.kernels.products import addmm_into
 from jahubert.train.clustering.frames import CachedFrames, Frames, Subset, draw_rows, load_frames
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
@@ -115,7 +116,7 @@ class NearestCentroid:
         self.mean_D = centroids_KD.mean(dim=0)
         self.centered_KD = centroids_KD - self.mean_D
         self.half_norm_K = self.centered_KD.square().sum(dim=1) / 2
-        self.centered_DK = self.centered_KD.T.contiguous()
+        self.negative_DK = -self.centered_KD.T.contiguous()
         # These buffers are reused for all blocks, because allocating new pages takes time.
         self.frames_ND, self.score_NK = centroids_KD[:0], centroids_KD.new_empty(0, len(centroids_KD))
         # numpy's argmin is twice as fast as torch's, but uses a single thread.
@@ -142,7 +143,7 @@ class NearestCentroid:
             self.score_NK = x_ND.new_empty(len(x_ND), len(self.half_norm_K))
         score_NK, frames_ND = self.score_NK[: len(x_ND)], self.frames_ND[: len(x_ND)]
         torch.sub(x_ND, self.mean_D, out=frames_ND)
-        torch.addmm(self.half_norm_K, frames_ND, self.centered_DK, alpha=-1, out=score_NK)
+        addmm_into(score_NK, self.half_norm_K, frames_ND, self.negative_DK)
         if self.use_numpy:
             return torch.from_numpy(score_NK.numpy().argmin(axis=1))
         return score_NK.argmin(dim=1)

@@ -1,0 +1,103 @@
+"""Float32 matrix products, computed by oneDNN on AMD processors.
+
+torch computes these products with MKL, which is half as fast as oneDNN on AMD processors with AVX-512
+(`tools/bench/products.py`). On other devices and for other dtypes, the functions call torch's products.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from jahubert.model.kernels.dispatch import is_tracing
+from jahubert.model.kernels.double_backward import with_double_backward
+from jahubert.model.precision import autocast_dtype
+
+MIN_MULTIPLICATIONS = 2**20  # smaller products take less time than the call of oneDNN
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x (N, I) @ weight (O, I).T + bias, with first and second derivatives."""
+    if not _uses_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _onednn_linear(x, weight, bias)
+    return with_double_backward(_Linear.apply(x, weight, bias), F.linear, x, weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a (N, K) @ b (K, O), without derivatives."""
+    return _onednn_linear(a, b.T) if _uses_onednn(a, b) else a @ b
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """Write a (N, K) @ b (K, O) to `out`, or add it to `out`, without derivatives."""
+    if not _uses_onednn(a, b):
+        out.addmm_(a, b, beta=int(add))
+    elif add:
+        out.add_(_onednn_linear(a, b.T))
+    else:
+        out.copy_(_onednn_linear(a, b.T))
+
+
+def addmm_into(out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write bias (O,) + a (N, K) @ b (K, O) to `out`, without derivatives."""
+    if _uses_onednn(a, b):
+        out.copy_(_onednn_linear(a, b.T, bias))
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            matmul(grad, weight) if needs_x else None,
+            matmul(grad.T, x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _uses_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.device.type == "cpu"
+        and a.dtype is b.dtype is torch.float32
+        and autocast_dtype(a) is torch.float32
+        and a.shape[0] * b.numel() >= MIN_MULTIPLICATIONS
+        and onednn_is_faster()
+        and not is_tracing()
+    )
+
+
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Return whether torch's products use MKL on an AMD processor and oneDNN can replace it."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a private operator
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            processor = file.read(1024)
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
