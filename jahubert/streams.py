@@ -1,4 +1,7 @@
-"""Standard streams of a command, which may be closed, full or connected to a pipe that ends early."""
+"""Standard streams and current folder of a command.
+
+The streams may be closed, full or connected to a pipe that ends early, and the folder may have been deleted.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import errno
 import os
 import sys
 
-from jahubert.errors import DISK_FULL, exit_status
+from jahubert.errors import DISK_FULL, UserError, exit_status
 
 BROKEN_PIPE = 141  # exit status if the reader of standard output ends early
 
@@ -28,6 +31,17 @@ def open_standard_streams() -> None:
         os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def check_current_folder() -> None:
+    """Raise UserError if the current folder was deleted, because libraries fail without it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder cannot be accessed ({error.strerror}); change to an existing folder and "
+            "rerun the command"
+        ) from error
 
 
 def is_output_error(error: OSError) -> bool:

@@ -51,21 +51,21 @@ class _StandardInput:
 
 
 def find_inputs(
-    arguments: Sequence[str], into: str | None, ending: str
+    arguments: Sequence[str], into: str | None, endings: Sequence[str]
 ) -> tuple[list[Input], dict[str, AudioError]]:
     """Expand arguments (files, folders, patterns, `-` for standard input) into recordings.
 
     Args:
         into: output folder, or None.
-        ending: suffix of the output files.
+        endings: suffixes of the output files for a recording.
 
     Returns:
         The recordings, and one error for each argument that is invalid or matches no audio, and for each
         unreadable folder.
 
     Raises:
-        ConfigError: `into` is empty or not writable, two recordings would be written to the same file, or
-            standard input is given twice.
+        ConfigError: `into` is empty or not writable, two recordings would be written to the same file, an
+            output would overwrite a recording, or standard input is given twice.
     """
     recordings: list[Input] = []
     empty: dict[str, AudioError] = {}
@@ -88,17 +88,26 @@ def find_inputs(
     if into == "":
         raise ConfigError("-o is empty; give a folder")
     if into is not None:
-        _check_output(Path(into))
-        owner: dict[Path, str] = {}
-        for item in recordings:
-            if item.base in owner:
-                target = Path(into, str(item.base) + ending)
-                raise ConfigError(
-                    f"the results of {owner[item.base]} and {item.label} would both be written to {target}; "
-                    "use two output folders, or give each recording once"
-                )
-            owner[item.base] = item.label
+        _check_folder(Path(into), f"-o {into}")
+        _check_targets(recordings, into, endings)
     return recordings, empty
+
+
+def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str]) -> None:
+    """Raise ConfigError if two recordings have the same output file, or an output file is a recording."""
+    owner: dict[Path, str] = {}
+    labels = {os.path.realpath(item.label): item.label for item in recordings if item.label != STDIN}
+    for item in recordings:
+        targets = [Path(into, f"{item.base}{ending}") for ending in endings]
+        if item.base in owner:
+            raise ConfigError(
+                f"the results of {owner[item.base]} and {item.label} would both be written to {targets[0]}; "
+                "use two output folders, or give each recording once"
+            )
+        owner[item.base] = item.label
+        for target in targets:
+            if label := labels.get(os.path.realpath(target)):
+                raise ConfigError(f"-o {into} would overwrite the input {label}; give another folder")
 
 
 def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:
@@ -114,13 +123,36 @@ def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:
     return [Input(str(path), path.relative_to(folder).with_suffix("")) for path in paths]
 
 
-def _check_output(folder: Path) -> None:
-    """Raise ConfigError if the output folder is not writable, before any work starts."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") -> None:
+    """Check, before any work starts, whether a command can write an output file.
+
+    Args:
+        inputs: files that the command reads, or `-`.
+        option: the option that gives the file, for messages.
+
+    Raises:
+        ConfigError: the file is a folder or one of the inputs, or its folder is not writable.
+    """
+    if output == "":
+        raise ConfigError(f"{option} is empty; give a file")
+    path, given = Path(output), f"{option} {output}"
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{given} is not a regular file; give another name")
+    _check_folder(path.parent, given)
+    for name in inputs:
+        if name != STDIN and os.path.realpath(name) == os.path.realpath(path):
+            raise ConfigError(f"{given} would overwrite the input {name}; give another name")
+
+
+def _check_folder(folder: Path, given: str) -> None:
+    """Raise ConfigError if a folder can be neither written to nor created. `given` is the option's text."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if existing.is_symlink() and not existing.exists():
+        raise ConfigError(f"{given}: {existing} is a broken symbolic link; remove it or give another name")
     if not existing.is_dir():
-        raise ConfigError(f"-o {folder}: {existing} is a file; give a folder")
+        raise ConfigError(f"{given}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"-o {folder}: no permission to write to {existing}; give another folder")
+        raise ConfigError(f"{given}: no permission to write to {existing}; give another name")
 
 
 def expand_patterns(argument: str, empty: dict[str, AudioError]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jahubert.cli.console import check_output_file
 from jahubert.errors import ConfigError
 from jahubert.formats.text_lines import read_lines
 
@@ -61,17 +63,23 @@ def ngram(args: argparse.Namespace) -> int:
     from jahubert.lm.kneser_ney import train_ngram
     from jahubert.lm.lexicon import write_lexicon
 
-    if args.lexicon and args.unit != "word":
+    if args.lexicon is not None and args.unit != "word":
         raise ConfigError(f"--lexicon requires --unit word, but the unit is {args.unit}")
-    if args.kana and not args.lexicon:
+    if args.kana and args.lexicon is None:
         raise ConfigError("--kana has no effect without --lexicon")
+    check_output_file(args.output, args.text)
+    if args.lexicon is not None:
+        check_output_file(args.lexicon, args.text, "--lexicon")
+        if os.path.realpath(args.lexicon) == os.path.realpath(args.output):
+            raise ConfigError(f"-o and --lexicon are both {args.output}; give two names")
     tokenizer, sentences = _read_text(args)
     model = train_ngram(sentences, args.order)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_arpa(model, Path(args.output))
     sizes = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(model.counts, 1))
     print(f"{args.output}: {sizes}", file=sys.stderr)
-    if args.lexicon:
+    if args.lexicon is not None:
+        Path(args.lexicon).parent.mkdir(parents=True, exist_ok=True)
         n_lines = write_lexicon(tokenizer.lexicon(args.kana), Path(args.lexicon))
         print(f"{args.lexicon}: {n_lines:,} pronunciations", file=sys.stderr)
     return 0

@@ -28,6 +28,7 @@ from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     CommandProgress,
     Input,
+    check_output_file,
     find_inputs,
     message_of,
     needs_names,
@@ -43,7 +44,7 @@ from jahubert.errors import (
     printable,
 )
 from jahubert.inference import writers
-from jahubert.streams import failed_output, is_output_error, open_standard_streams
+from jahubert.streams import check_current_folder, failed_output, is_output_error, open_standard_streams
 
 if TYPE_CHECKING:
     from jahubert.inference.transcribe import Transcript
@@ -104,9 +105,10 @@ def transcribe(args: argparse.Namespace) -> int:
     named = needs_names(args.audio)
     if single_file is not None and named:
         raise ConfigError(f"-o {single_file} is a file, but there may be several recordings; give a folder")
-    inputs, empty = find_inputs(
-        args.audio, None if single_file is not None else args.output, writers.FORMATS[formats[0]][0]
-    )
+    endings = [writers.FORMATS[name][0] for name in formats]
+    inputs, empty = find_inputs(args.audio, None if single_file is not None else args.output, endings)
+    if single_file is not None:
+        check_output_file(args.output, [*args.audio, *filter(None, (args.lm, args.lexicon))])
     if args.output is None and args.format == "all":
         raise ConfigError("-f all writes several files: add -o DIR")
     if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
@@ -251,7 +253,7 @@ def for_each_input(
 def features(args: argparse.Namespace) -> int:
     from jahubert.cli.feature_files import FeatureFiles, parts_folder
 
-    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), ".npy")
+    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
     source = model_source(args)
     import torch
 
@@ -295,7 +297,7 @@ def features(args: argparse.Namespace) -> int:
 
 
 def units(args: argparse.Namespace) -> int:
-    inputs, empty = find_inputs(args.audio, args.output, ".npy")
+    inputs, empty = find_inputs(args.audio, args.output, [".npy"])
     named = needs_names(args.audio)
     source = model_source(args)
     from jahubert.cli.feature_files import RECORD, save_array
@@ -667,6 +669,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
+        check_current_folder()
         args = build_parser().parse_args(argv)
         code: int = args.run(args)
         sys.stdout.flush()

@@ -4,7 +4,9 @@ Content is written under a temporary name in the same folder, flushed to disk an
 see either the old or the new content, even if the writer is killed or the disk is full. The temporary name
 starts with `.tmp-` and is derived from the final name without exceeding the maximum length of file names. The
 temporary file is locked while in use (except on Windows), so that concurrent writers do not interfere. The
-next writer reuses the temporary file of a killed process.
+next writer reuses the temporary file of a killed process. Links, and files that cannot be opened, are not
+reused, because another user may have created them. If the final name is a symbolic link to a file, the link
+is replaced, not the file.
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ def _new_folder(path: Path) -> Iterator[tuple[Path, int]]:
         folder, replaced = (reserved.with_name(reserved.name + kind) for kind in (_FOLDER, _REPLACED))
         _restore(path, replaced)
         for leftover in (folder, replaced):
+            if leftover.is_symlink() or leftover.is_file():
+                leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir()
         try:
@@ -165,15 +169,15 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
     File system errors in the `with` block, including those wrapped in library exceptions, are raised as
     OSErrors that name `path` instead of the temporary file, which users do not know.
+
+    Raises:
+        OSError: `path` is a device, FIFO or socket, or is in `/dev`, or another file system error occurred.
     """
     temporary = temporary_path(path)
     try:
-        while True:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            # The previous writer may have renamed or removed the file before this process locked it.
-            if _lock(descriptor) and _has_name(descriptor, temporary):
-                break
-            os.close(descriptor)
+        if _is_special(path):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        while (descriptor := _open_locked(temporary)) is None:
             temporary = path.with_name(f"{temporary_path(path).name}-{secrets.token_hex(3)}")
         try:
             if os.fstat(descriptor).st_size:
@@ -195,6 +199,33 @@ def temporary_file(path: Path) -> Iterator[Path]:
         if failure is error:
             raise
         raise failure from error
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether `path` is a device, FIFO or socket, or a link in `/dev`, which must not be replaced."""
+    in_dev = str(path.absolute().parent) == "/dev"
+    return in_dev or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _open_locked(temporary: Path) -> int | None:
+    """Create or reuse a temporary file, and lock it. Return None if its name is in use.
+
+    Through a link, the content of another file would be overwritten.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(temporary, flags, 0o666)
+    except OSError:
+        if os.path.lexists(temporary):
+            return None
+        raise
+    status = os.fstat(descriptor)
+    reusable = stat.S_ISREG(status.st_mode) and not (status.st_size and status.st_nlink > 1)
+    # The previous writer may have renamed or removed the file between open and lock.
+    if reusable and _lock(descriptor) and _has_name(descriptor, temporary):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _release(descriptor: int, temporary: Path) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -320,6 +321,7 @@ def _vocabulary() -> dict[str, int]:
 @cache
 def _session() -> Any:
     """Load the model for one thread, with the number of frames of each token as a second output."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it writes files to ~/.cache and sends data
     import onnx
     import onnxruntime
 

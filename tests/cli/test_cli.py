@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -17,12 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fixtures.damage import fill_disk
 from fixtures.sounds import syllables
 
 import jahubert
 from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
-from jahubert.formats.atomic import temporary_path
 from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.model.hubert import HubertModel
 from jahubert.model.precision import quantize_int8
@@ -512,6 +513,38 @@ def test_output_folder_without_permission_is_rejected(bundle, folder, capsys, mo
     assert "no permission to write" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("x.srt", ["-f", "all", "-o", "."]), ("x.srt", ["-o", "x.srt"]), ("x.srt", ["-o", "./link.srt"])],
+)
+def test_transcript_never_overwrites_its_recording(bundle, folder, capsys, name, options):
+    shutil.copy("data/a.wav", name)
+    os.symlink(name, "link.srt")
+    assert main(["transcribe", "--model", bundle, name, *options]) == 2
+    assert name in capsys.readouterr().err
+    assert Path(name).read_bytes() == Path("data/a.wav").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["transcribe", "features", "units"])
+def test_broken_link_as_output_is_rejected_before_the_work(bundle, folder, capsys, command):
+    os.symlink("missing", "out")
+    assert main([command, "--model", bundle, "data/a.wav", "-o", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "-o out" in error and "link" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the current folder cannot be deleted on Windows")
+@pytest.mark.parametrize("module", ["jahubert.cli.main", "jahubert.run"])
+def test_deleted_current_folder_is_reported(tmp_path, monkeypatch, capsys, module):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert importlib.import_module(module).main(["info", "model"]) == 2
+    error = capsys.readouterr().err
+    assert "current folder" in error and error.count("\n") == 1
+
+
 def test_unsuitable_models_are_rejected(bundle, folder, capsys):
     Path("other").mkdir()
     Path("other/config.json").write_text('{"model_type": "wav2vec2"}')
@@ -530,9 +563,10 @@ def test_unsuitable_models_are_rejected(bundle, folder, capsys):
         assert out == "" and err.count("\n") == 1 and message in err and err.startswith("jahubert: error: ")
 
 
-def test_full_disk_affects_one_recording_only(bundle, folder, capsys):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full not found")
+def test_full_disk_affects_one_recording_only(bundle, folder, capsys, monkeypatch):
     Path("out").mkdir()
-    temporary_path(Path("out/a.srt")).symlink_to("/dev/full")
+    fill_disk(Path("out/a.srt"), monkeypatch)
     assert main(["transcribe", "--model", bundle, "-f", "srt", "-o", "out", "data"]) == 1
     err = capsys.readouterr().err.splitlines()
     assert "No space left on device" in err[0] and "data/a.wav" in err[0] and "1 of 2 failed" in err[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 
 import pytest
 
@@ -99,3 +100,30 @@ def test_ngram_of_the_model_can_be_disabled(tmp_path, text, bundle, folder, caps
     assert transcribe("with-ngram", "--no-lm") == plain != transcribe("with-ngram")
     assert main(["transcribe", "--model", "with-ngram", "data/a.wav", "--no-lm", "--lm-weight", "1"]) == 2
     assert "lm_weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-o", "text.txt"],
+        ["-o", "link.txt"],
+        ["-o", "lm.arpa", "--lexicon", "text.txt"],
+        ["-o", "lm.arpa", "--lexicon", "lm.arpa"],
+        ["-o", "folder"],
+        ["-o", "fifo"],
+        ["-o", "broken/lm.arpa"],
+        ["-o", "text.txt/lm.arpa"],
+        ["-o", ""],
+    ],
+)
+def test_unsuitable_outputs_are_rejected_before_the_training(tmp_path, text, options, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jahubert.lm.kneser_ney.train_ngram", None)
+    os.mkfifo("fifo")
+    os.mkdir("folder")
+    os.symlink("text.txt", "link.txt")
+    os.symlink("missing", "broken")
+    assert main(["ngram", text, *options]) == 2
+    error = capsys.readouterr().err
+    assert options[-2] in error and options[-1] in error and error.count("\n") == 1
+    assert (tmp_path / "text.txt").read_text(encoding="utf-8") == TEXT and not os.path.exists("missing")

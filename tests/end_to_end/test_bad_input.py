@@ -13,12 +13,11 @@ import pytest
 import soundfile
 import torch
 from fixtures import FIXTURES
+from fixtures.damage import fill_disk
 
 from jahubert import run
 from jahubert.cli import main as cli
 from jahubert.errors import DiskFullError
-from jahubert.formats import atomic
-from jahubert.formats.atomic import temporary_path
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.resource_errors import report_file_errors
@@ -269,15 +268,6 @@ def test_damaged_record_is_named(capsys, copy):
     assert "iter1/kmeans/provenance.json" in message and "rerun" in message
 
 
-def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make writes to `path` fail as on a full disk, and return the link to remove afterwards."""
-    monkeypatch.setattr(atomic, "remove_leftovers", lambda folder: None)  # it would remove the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    link = path if path.name == "tmp_sample.npy" else temporary_path(path)
-    link.symlink_to("/dev/full")
-    return link
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("stage", "folder", "file"),
@@ -296,12 +286,18 @@ def test_full_disk_is_reported_and_the_stage_can_be_rerun(capsys, copy, monkeypa
     before = files(copy / folder)
     shutil.rmtree(copy / folder)
     others = {name: content for name, content in files(copy).items() if not name.startswith(folder)}
-    link = fill_disk(copy / folder / file, monkeypatch)
+    (copy / folder).mkdir()
+    path = copy / folder / file
+    if file == "tmp_sample.npy":  # the stage writes it under this name
+        path.symlink_to("/dev/full")
+    else:
+        fill_disk(path, monkeypatch)
     status, message = run_stage(capsys, copy, stage)
     assert status == 1 and "Traceback" not in message and message.count("jahubert: error: ") == 1
     assert "the disk is full" in message and folder in message
     assert {name: content for name, content in files(copy).items() if name in others} == others
-    link.unlink(missing_ok=True)
+    if path.is_symlink():
+        path.unlink()
     monkeypatch.undo()
     succeed(capsys, copy, stage)
     after = files(copy / folder)

@@ -135,6 +135,48 @@ def test_error_names_the_file_and_not_the_temporary_one(tmp_path):
     assert caught.value.filename == str(path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links and FIFOs")
+@pytest.mark.parametrize("kind", ["symbolic link", "broken link", "hard link", "FIFO", "folder"])
+def test_temporary_name_in_use_is_left_alone(tmp_path, kind):
+    """Another user of a shared folder may have created a link at the predictable temporary name."""
+    path, other = tmp_path / "a.txt", tmp_path / "other"
+    other.write_text("other")
+    create = {
+        "symbolic link": lambda temporary: temporary.symlink_to(other),
+        "broken link": lambda temporary: temporary.symlink_to(tmp_path / "missing"),
+        "hard link": lambda temporary: temporary.hardlink_to(other),
+        "FIFO": os.mkfifo,
+        "folder": Path.mkdir,
+    }
+    create[kind](temporary_path(path))
+    for write in (atomic_write(path), atomic_path(path)):
+        with write as target:
+            target.write("new") if hasattr(target, "write") else target.write_text("new")
+        assert path.read_text() == "new" and other.read_text() == "other"
+        assert names(tmp_path) == sorted([temporary_path(path).name, "a.txt", "other"])
+
+
+def test_link_at_the_name_of_a_temporary_folder_is_not_followed(tmp_path):
+    other, path = tmp_path / "other", tmp_path / "a"
+    other.mkdir()
+    (other / "file").write_text("other")
+    temporary_path(path).with_suffix(".new").symlink_to(other)
+    with atomic_folder(path) as folder:
+        (folder / "file").write_text("new")
+    assert (other / "file").read_text() == "other" and (path / "file").read_text() == "new"
+    assert names(tmp_path) == ["a", "other"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
+def test_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/null"), Path("/dev/stdout")):
+        before = path.lstat().st_ino
+        with pytest.raises(OSError) as caught, atomic_write(path):
+            pass
+        assert caught.value.filename == str(path) and path.lstat().st_ino == before
+
+
 def test_leftover_of_a_killed_process_is_reused(tmp_path):
     program = """
         import os, signal, sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,19 @@ def test_convert_command_writes_an_onnx_file(tmp_path, capsys):
     assert str(Path(onnx_format.__file__).parent).encode() not in (tmp_path / "a.onnx").read_bytes()
     assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.pt"), "--to", "onnx"]) == 2
     assert ".onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_onnxruntime_is_imported_without_its_telemetry(tmp_path, monkeypatch, setting):
+    """The telemetry of onnxruntime writes to ~/.cache and sends data. An explicit setting is kept."""
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", str(setting))  # restored after the test
+    if setting is None:
+        del os.environ["ORT_DISABLE_TELEMETRY"]
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    save_bundle(tmp_path / "a", model=model_of(KINDS["base"]))
+    with pytest.raises(MissingExtraError):
+        difference(tmp_path / "a.onnx", load_bundle(tmp_path / "a"))
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == (setting or "1")
 
 
 @pytest.mark.parametrize("constant", [np.nan, np.inf])

@@ -11,7 +11,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
 from jahubert.errors import ConfigError
-from jahubert.streams import failed_output
+from jahubert.streams import check_current_folder, failed_output
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.reporting import configure_logging, is_rank0, report_error
 from jahubert.train.pipeline.signals import StopRequested, stop_signals
@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
     join_slurm(os.environ)
     with stop_signals():
         try:
+            check_current_folder()
             return _run(list(argv))
         except (Exception, KeyboardInterrupt, StopRequested) as error:
             return report_error(error)
