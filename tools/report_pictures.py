@@ -3,7 +3,7 @@
     python tools/report_pictures.py exp/demo/report/report.html docs/pictures
 
 The script writes report-screen.png, report-dark.png and report-phone.png, each with sections of the page side
-by side. It requires playwright and Chromium (extra dev; apt install chromium).
+by side. The script requires playwright (extra dev) and Chromium (apt install chromium).
 """
 
 from __future__ import annotations

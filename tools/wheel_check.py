@@ -64,7 +64,7 @@ def require(condition: object, message: str) -> None:
 
 
 def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
-    """Run a command without the Python variables of this environment, and capture its output."""
+    """Run a command without the variables PYTHON* and VIRTUAL_ENV*, and capture its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(part) for part in command]
     return subprocess.run(
@@ -133,7 +133,7 @@ def make_material(folder: Path) -> None:
     left, right = (soxr.resample(syllables(3, seed).numpy(), 16_000, 44_100) for seed in (0, 1))
     soundfile.write(folder / "audio.wav", np.stack([left, right], axis=1), 44_100)
     (folder / "formats").mkdir()
-    samples, rate = soundfile.read(folder / "audio.wav", dtype="int16")  # lossless copies must be identical
+    samples, rate = soundfile.read(folder / "audio.wav", dtype="int16")  # makes lossless copies identical
     for ending in FORMATS:
         soundfile.write(folder / "formats" / f"{ending}.{ending}", samples, rate)
     arrays, texts = results(folder)
@@ -158,7 +158,7 @@ def results(folder: Path) -> tuple[dict, dict[str, str]]:
         arrays[f"{name}.stream"] = next(extractor.stream(audio)).numpy()
         arrays[f"{name}.many"] = next(extractor.many([audio])).numpy()  # type: ignore[union-attr]
         arrays[f"{name}.units"] = jahubert.UnitExtractor.from_pretrained(source, device="cpu")(audio).numpy()
-        options = {"device": "cpu", "dtype": torch.float32}  # all versions of torch support these
+        options = {"device": "cpu", "dtype": torch.float32}  # supported by all versions of torch
         transcript = jahubert.Transcriber.from_pretrained(source, **options).transcribe(audio)
         require(transcript.words, f"the transcript of the model {name} is empty")
         texts[name] = transcript.text

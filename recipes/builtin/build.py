@@ -134,7 +134,7 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
 
 
 def decode_with_ngram(overrides: list[str]) -> int:
-    """Estimate the n-gram, tune it, decode with it, score the result, and return the exit status."""
+    """Estimate the n-gram, tune its weight, decode with it, score the result, and return the exit status."""
     tree = compose(overrides)
     exp = Path(tree["exp"])
     if not (exp / LANGUAGE_MODEL).exists():

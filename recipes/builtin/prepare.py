@@ -11,10 +11,10 @@ The data come from these sources:
 - the training words in random order in the same voices, for more distinct phone sequences than the sentence
   patterns of the `demo` recipe contain.
 
-Test splits are the held-out words per voice, these words joined, sentences by held-out speakers from Common
-Voice, copies of these sentences over a simulated telephone line and in noise, synthetic sentences that do not
-occur in training, and the recordings in the folder `sentences`, if it is given. Sentences count as equal if
-their letters and digits are equal; punctuation and character widths make no difference.
+Test splits are the held-out words of each voice, these words joined, sentences by held-out speakers from
+Common Voice, copies of these sentences over a simulated telephone line and in noise, synthetic sentences that
+do not occur in training, and the recordings in the folder `sentences`, if it is given. Sentences count as
+equal if their letters and digits are equal; punctuation and character widths make no difference.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Config:
     clips: read_speech.Config = field(default_factory=read_speech.Config)
     synthetic: bool = True  # whether to add synthetic voices to the recordings
     hts_voices: str | None = None  # folder with HTS voices; null: only the voice of pyopenjtalk-plus
-    texts: str | None = None  # file of sentences for the mixed voices, as in the voices recipe
+    texts: str | None = None  # file of sentences for the mixed voices, in the format of the voices recipe
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # options for the mixed voices
@@ -69,7 +69,7 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of the splits train, dev, dev_joined, dev_cv, dev_made and the test sets.
+    """Yield rejected items, and the utterances of train, dev, dev_joined, dev_cv, dev_made and the test sets.
 
     The test sets are test_low, test_high, test_joined, test_cv, test_cv_phone, test_cv_noise, test_made and
     test_real. `data` is the corpus of the `tofugu` recipe.

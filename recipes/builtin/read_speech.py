@@ -45,7 +45,7 @@ _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker 
 class Config:
     test_speakers: int = 12
     dev_speakers: int = 6
-    cap_minutes: float = 20.0  # maximum duration per training speaker
+    cap_minutes: float = 20.0  # maximum duration of the recordings of a training speaker
     speeds: tuple[float, ...] = (0.9, 1.1)  # speeds at which every training sentence is repeated
     snr_db: float = 10.0  # signal-to-noise ratio of test_cv_noise in dB
 
@@ -150,7 +150,7 @@ def noisy(wave_T: np.ndarray, rng: np.random.Generator, snr_db: float) -> np.nda
 
     Args:
         wave_T: float32 (T,) at 16 kHz.
-        rng: draws the noise.
+        rng: random number generator for the noise.
         snr_db: signal-to-noise ratio.
 
     Returns:

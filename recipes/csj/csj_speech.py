@@ -20,9 +20,9 @@ from jahubert.phonemes import kana_to_phones, to_katakana
 class JoinOptions:
     max_gap: float = 0.5  # maximum silence between joined segments (seconds)
     max_seconds: float = 10.0  # maximum length of joined segments; a single segment may be longer
-    # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. This rule joins a segment if the utterance so
-    # far is not longer than max_seconds. It rejects an utterance to which a masked name is joined, and it
-    # does not join segments across a segment of the other channel.
+    # kaldi: the rule of egs/csj/s5, for comparison with Kaldi. With this rule, max_seconds limits the length
+    # of an utterance before its last segment is added, an utterance to which a masked name is joined is
+    # rejected, and segments are not joined across a segment of the other channel.
     join: Literal["strict", "kaldi"] = "strict"
 
     def __post_init__(self) -> None:

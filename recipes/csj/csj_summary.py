@@ -24,11 +24,11 @@ def _hours(hours: int, minutes: int, seconds: int = 0) -> float:
 # utterances are comparable only if the rule is the same. KALDI contains the numbers of utterances without
 # masked names in egs/csj/s5, which joins segments by the rule join=kaldi.
 KALDI = {"eval1": 1272, "eval2": 1292, "eval3": 1385}
-KALDI_DEV = _hours(6, 31)  # duration of 4,000 utterances
+KALDI_DEV = _hours(6, 31)  # hours of the 4,000 development utterances
 LHOTSE_DEV = (3743, _hours(6, 40, 15))  # number of utterances, hours
 # Hours in icefall (egs/csj/ASR), where utterances may contain silences of up to 1 s.
 ICEFALL = {"eval1": _hours(1, 55, 40), "eval2": _hours(2, 2, 7), "eval3": _hours(1, 26, 44)}
-PAPER_HOURS = {"core": 32.0, "all": 552.0}  # fine-tuning data in the paper of rinna/japanese-hubert-base
+PAPER_HOURS = {"core": 32.0, "all": 552.0}  # fine-tuning data in the paper on rinna/japanese-hubert-base
 
 
 class SummaryOptions(Protocol):
@@ -62,7 +62,7 @@ class SplitCount:
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
     """Log the size of every split with published figures, the numbers of rejected items, and empty splits.
 
-    The line of a split with an unexpected number of talks is a warning.
+    The line of a split with an unexpected number of talks is logged as a warning.
     """
     expected = expected_talks(config.subset, config.dev)
     for name, count in counts.items():
@@ -95,7 +95,7 @@ def expected_talks(subset: str, dev: str) -> dict[str, int]:
 
 
 def comparison(name: str, count: SplitCount, config: SummaryOptions) -> str:
-    """Compare the size of a split with the published sizes, or return "" if none is comparable."""
+    """Return a comparison of the size of a split with published sizes, or "" if none is comparable."""
     figures = []  # (source, its figures, quantity, this split's quantity relative to the source's)
     if name in KALDI and config.join == "kaldi":
         ratio = count.utterances / KALDI[name]

@@ -108,7 +108,7 @@ def read_sdb(path: Path) -> list[Segment]:
 
 
 def _check_talk(path: Path, talks: Iterable[str]) -> None:
-    """Raise DataError if a transcript, named after its talk, contains the ids of other talks only."""
+    """Raise DataError if a transcript, named after its talk, contains only ids of other talks."""
     own = _TALK_ID.match(path.name)
     others = {talk.upper() for talk in talks if _TALK_ID.fullmatch(talk)}
     if own and others and own[0].upper() not in others:

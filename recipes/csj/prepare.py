@@ -48,7 +48,7 @@ class Config(TalkOptions):
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield rejected items, and utterances with the ids `<talk>_<start>_<end>` (times in milliseconds).
 
-    In dialogues, `-L` or `-R` follows the talk.
+    In dialogues, `-L` or `-R` follows the name of the talk.
 
     All transcripts are checked before any audio is read, so that problems are reported within minutes. The
     test sets are yielded first, followed by dev and by the training talks in random order, so that the first
@@ -113,7 +113,7 @@ def _check_talks(talks: Mapping[str, Talk], config: Config) -> tuple[list[Reject
     Raises:
         DataError: too many talks, or segments of the other talks, are damaged (see `too_many`).
     """
-    log.info("csj: checking the files of %d talks", len(talks))
+    log.info("csj: number of talks whose files are checked: %d", len(talks))
     checks = {id: check_talk(talk, config) for id, talk in talks.items()}
     damaged = {}
     for id, check in checks.items():

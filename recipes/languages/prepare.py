@@ -42,10 +42,10 @@ class Config:
 
 
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the splits train, dev_cv and test_cv.
+    """Yield the utterances of the splits train, dev_cv and test_cv, and rejected items.
 
     `data` is a folder with `transcripts.tsv` (columns file, text, speaker). Utterances are assigned to the
-    training split in random order until it has `minutes`; the rest are rejected.
+    training split in random order until its duration reaches `minutes`; the rest are rejected.
 
     Raises:
         DataError: a corpus was not found, or it is shorter than `minutes`.

@@ -58,7 +58,7 @@ class Shard:
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """Find the parquet shards of a release in `data`/<subset>, `data` or `data`/data, in this order."""
+    """Return the parquet shards in the first folder with any: `data`/<subset>, `data` or `data`/data."""
     for folder in (data / subset, data, data / "data"):
         paths = sorted(folder.glob("*.parquet"))
         if shards := [path for path in paths if not is_sidecar(path)]:

@@ -46,8 +46,8 @@ DAMAGES = (DAMAGED, TRUNCATED, INCOMPLETE)  # reasons that concern a whole shard
 @dataclass(frozen=True)
 class Config:
     subset: str = "all"  # tiny, small, medium, large or all: name of a table (.tsv) or a parquet folder
-    dev: int = 1000  # number of utterances at the start of the corpus
-    test: int = 100  # number of utterances after the dev split
+    dev: int = 1000  # number of utterances in the dev split, from the start of the corpus
+    test: int = 100  # number of utterances in the test split, which follow those of the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
     # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. A
     # larger fraction ends the run. A single damaged shard or unusable recording is accepted, unless

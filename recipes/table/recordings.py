@@ -40,7 +40,7 @@ class Recording:
 
 
 def read_recordings(rows: Sequence[Row], max_samples: int, folder: Path) -> dict[Path, Recording | str]:
-    """Measure the recordings of `rows` in parallel, and convert recordings that cannot be read in parts.
+    """Determine the lengths of recordings, and convert recordings that cannot be read in parts, in parallel.
 
     A recording that is used in parts is converted to 16 kHz FLAC if its parts cannot be read by seeking,
     because the whole file would be decoded for each part. Existing copies are kept.
@@ -50,7 +50,7 @@ def read_recordings(rows: Sequence[Row], max_samples: int, folder: Path) -> dict
         folder: folder for the copies.
 
     Returns:
-        Each recording, or the reason why its audio is unusable, by the path in its rows.
+        Each recording, or the reason why its audio is unusable, keyed by the path in its rows.
 
     Raises:
         ReadError: a recording cannot be read because of file system errors.
@@ -88,7 +88,8 @@ def _read(
     path: Path, rows: Sequence[Row], max_samples: int, folder: Path, stop: threading.Event
 ) -> Recording | str:
     try:
-        # For some formats, measuring takes as long as decoding. A row with a start is a part in any case.
+        # For some formats, determining the length takes as long as decoding, so it is omitted if a row has a
+        # start, which always makes it a part.
         n_samples = None if any(row.start > 0 for row in rows) else _length(path)
         is_whole = n_samples is not None and not any(_is_part(row, n_samples, max_samples) for row in rows)
         if not is_whole and not read_reliably(lambda: is_seekable(path), path):

@@ -145,7 +145,7 @@ def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
 
 
 def _column_names(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name of each known column in a record."""
+    """Map each known column to its name in a record."""
     lower = {str(name).strip().lower(): name for name in record if name is not None}
     return {
         column: next(lower[name] for name in accepted if name in lower)

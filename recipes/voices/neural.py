@@ -214,8 +214,12 @@ def align(symbols: Sequence[tuple[str, str]], frames: Sequence[int]) -> tuple[Ph
     The tokens are silence, the symbols, and silence. A space between words belongs to the phone before it,
     and the end of the sentence becomes one pause.
     """
-    if len(frames) != 2 + sum(len(group) for _, group in symbols):
-        raise DataError(f"the neural voices returned {len(frames)} durations for the symbols {symbols}")
+    n_tokens = 2 + sum(len(group) for _, group in symbols)
+    if len(frames) != n_tokens:
+        raise DataError(
+            f"number of durations from the neural voices: {len(frames)}, expected {n_tokens} for the symbols "
+            f"{symbols}"
+        )
     names, ends = ["pau"], [frames[0]]
     first = 1
     for phone, group in symbols:

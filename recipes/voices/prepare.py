@@ -58,7 +58,7 @@ class Config:
     minutes: float = 60.0  # total duration of all splits
     dev_share: float = 0.03  # fraction of the minutes in dev
     test_share: float = 0.05  # fraction of the minutes in test
-    speakers: int = 200  # number of speakers in train; dev and test each have a tenth as many other ones
+    speakers: int = 200  # number of speakers in train; dev and test each have other speakers, a tenth as many
     alpha: tuple[float, float] = (0.49, 0.62)  # range of the all-pass constant; 0.55 means no change
     # Range of the pitch shift in semitones, in addition to the shift that depends on alpha.
     half_tones: tuple[float, float] = (-4.0, 4.0)

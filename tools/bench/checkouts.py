@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--audio", type=Path, help="recording for transcribe and features")
     parser.add_argument("--model", help="model for transcribe and features")
-    parser.add_argument("--lengths", type=float, nargs="+", default=[4.4, 4.4, 4.3, 4.3], help="in seconds")
+    parser.add_argument(
+        "--lengths", type=float, nargs="+", default=[4.4, 4.4, 4.3, 4.3], help="lengths for pretrain (s)"
+    )
     parser.add_argument("--blocks", type=int, default=4, help="Transformer blocks for pretrain")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1)

@@ -168,7 +168,7 @@ def kernels(
 
 
 def features(report: Report, run: Settings) -> None:
-    """Time feature extraction from 292 s of audio in one batch, with the same weights in all models."""
+    """Time feature extraction from 291 s of audio in one batch, with the same weights in all models."""
     blocks, layers = (1, (1,)) if run.small else (12, (6, 12))
     options = argparse.Namespace(blocks=blocks)
     lengths = [0.5, 0.9] if run.small else np.linspace(3.0, 15.2, 32).tolist()

@@ -1,4 +1,4 @@
-"""Table of measurements, and the sizes of a run of the GPU benchmark."""
+"""Table of measurements, and settings for the GPU benchmark."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def main() -> None:
     seconds = sum(map(len, wavs)) / SAMPLE_RATE
     exact = reference(wavs[0].numpy())
     for label, features in (("jahubert", own_mfcc(wavs[:1])[0].cpu()), (name, peer_mfcc(wavs[0]))):
-        if features.shape != exact.shape:  # librosa has fewer frames, which are as long as the FFT
+        if (
+            features.shape != exact.shape
+        ):  # librosa returns fewer frames, because its frames are as long as the FFT
             continue
         error = np.abs(features.numpy() - exact).max()
         print(f"largest difference from Kaldi: {error:.2g}  {label}")

@@ -1,6 +1,6 @@
 """Benchmark of a pretraining step of HuBERT base against transformers and torchaudio (if installed).
 
-    python tools/bench/pretrain_step.py                     # CPU, fp32 and bf16, both kinds of lengths
+    python tools/bench/pretrain_step.py                     # CPU, fp32 and bf16, similar and mixed lengths
     python tools/bench/pretrain_step.py --device cuda --copies 4 --repeats 20
     python tools/bench/pretrain_step.py --blocks 1 --similar 2 2.1 --mixed 2 3 --repeats 2   # a quick check
 
@@ -209,10 +209,7 @@ class Trainer:
 
 
 def check(config: HubertConfig) -> None:
-    """Compare the loss and gradient norm with those of transformers on one utterance, without dropout.
-
-    The comparison runs on the CPU, because convolutions on a GPU use TF32 by default.
-    """
+    """Compare the loss and gradient norm with those of transformers on one utterance, without dropout."""
     names = ("dropout", "attention_dropout", "input_dropout", "layer_drop")
     config = HubertConfig.base(layers=config.layers, **dict.fromkeys(names, 0.0))
     batch, results = make_batch([2.0], torch.device("cpu")), []

@@ -3,7 +3,7 @@
     python tools/bench/shards.py
     python tools/bench/shards.py --rows 100000 --shards 8 --repeats 1
 
-Both forms contain the same synthetic rows, whose audio is only a FLAC header, and audio is not decoded. Each
+Both forms contain the same synthetic rows. Their audio consists of a FLAC header and is not decoded. Each
 run is a separate process with an empty work folder and is followed by a second run that uses the stored index
 or conversion. The forms alternate. The script prints the medians; CPU time includes worker processes and
 depends least on the load of the machine.

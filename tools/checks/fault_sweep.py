@@ -12,7 +12,7 @@ operations and the faults in turn. Unless the failed operation is optional, the 
 without a traceback, and for a full disk (ENOSPC) with exit status 1. The task is then rerun and must succeed,
 or refuse an output that is already complete. All files must then equal those of the run without faults, and
 no temporary files may remain. The script prints the results for each task and exits with status 1 if any run
-differs. It requires Linux and a C compiler.
+differs. The script requires Linux and a C compiler.
 """
 
 from __future__ import annotations

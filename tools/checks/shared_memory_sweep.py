@@ -1,4 +1,4 @@
-"""Check of the stages that read audio in separate processes, with a small or full /dev/shm.
+"""Check of the stages that read audio, with a small or full /dev/shm.
 
     python tools/checks/shared_memory_sweep.py
     python tools/checks/shared_memory_sweep.py --workers 2 --only label
@@ -6,7 +6,8 @@
 Each of these stages of a tiny experiment runs with a private /dev/shm of 64 kB, 2 MB or 64 MB, and with a
 full one. The stage must end within a minute, either with the same files as without a limit or with exit
 status 1 or 2 and a message that names /dev/shm, without a traceback. The script prints the results, and its
-exit status is 1 if a run ended in another way. It requires Linux and permission to mount a file system.
+exit status is 1 if a run ended in another way. The script requires Linux and permission to mount a file
+system.
 """
 
 from __future__ import annotations
