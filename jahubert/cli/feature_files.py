@@ -113,7 +113,7 @@ class FeatureFiles:
         self._record(os.fspath(base))
 
     def finish(self, bases: Iterable[Path]) -> None:
-        """Sort `sources.jsonl`, or assemble the safetensors file from the features of `bases`."""
+        """Sort `sources.jsonl` of an output folder, or assemble a safetensors file from the given parts."""
         if self.folder == self.output:
             _write_sources(self.folder / SOURCES, self.written)
             return
@@ -198,7 +198,7 @@ def _read_sources(path: Path) -> dict[str, Source]:
 
 
 def _write_sources(path: Path, sources: dict[str, Source]) -> None:
-    """Write all sources in the order of their files, without replaced and incomplete lines."""
+    """Rewrite the file with one line per output file, sorted, dropping replaced and incomplete lines."""
     content = "".join(json.dumps({"file": key, **source}) + "\n" for key, source in sorted(sources.items()))
     if path.exists() and path.read_bytes() != content.encode():
         with atomic_write(path) as file:
