@@ -200,8 +200,8 @@ def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> di
     wanted = config.test_speakers + config.dev_speakers
     if len(candidates) < wanted:
         raise DataError(
-            f"test_speakers + dev_speakers is {wanted}, but only {len(candidates)} speakers have "
-            f"{_FEWEST_CLIPS} to {_MOST_CLIPS} recordings"
+            f"test_speakers + dev_speakers must be at most {len(candidates)}, the number of speakers with "
+            f"{_FEWEST_CLIPS} to {_MOST_CLIPS} recordings; found {wanted}"
         )
     drawn = random.Random(f"common voice speakers {seed}").sample(candidates, wanted)
     splits = dict.fromkeys(clips, "train")

@@ -252,7 +252,7 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
                 abbreviated(missing),
             )
     if subset == "all" and len(talks) < TALKS:
-        log.warning("csj: found %d of the %d talks in the corpus", len(talks), TALKS)
+        log.warning("csj: talks found: %d of the %d in the corpus", len(talks), TALKS)
     sets = {id: name for id, name in held.items() if name != "excluded" and id in talks}
     return sets | dict.fromkeys(sorted(train), "train")
 

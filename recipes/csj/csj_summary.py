@@ -72,8 +72,8 @@ def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config
         of_expected = f" of {expected[name]:,}" if name in expected else ""
         log.log(
             logging.WARNING if of_expected and len(talks) != expected[name] else logging.INFO,
-            f"csj {name}: {len(talks):,}{of_expected} talks, {count.utterances:,} utterances, "
-            f"{count.hours:.2f} h, {count.words:,} words{comparison(name, count, config)}",
+            f"csj {name}: talks: {len(talks):,}{of_expected}, utterances: {count.utterances:,}, "
+            f"{count.hours:.2f} h, words: {count.words:,}{comparison(name, count, config)}",
         )
     for reason, n in rejected.most_common():
         log.info(f"csj rejected, {reason}: {n:,}")

@@ -80,7 +80,7 @@ def read_sdb(path: Path) -> list[Segment]:
         talks.update(columns[_TALK : _TALK + 1])
         match = _SDB_TIME.fullmatch(columns[_TIME]) if len(columns) > _TIME else None
         if match is None:
-            found = repr(columns[_TIME]) if len(columns) > _TIME else f"{len(columns)} columns"
+            found = repr(columns[_TIME]) if len(columns) > _TIME else f"no column {_TIME + 1}"
             problem = f"expected a time in column {_TIME + 1}, such as '0001 00000.113-00006.570 L:-001-001'"
             word = Word(number, "", "", problem=f"{problem}; found {found}")
             for segment in latest.values():

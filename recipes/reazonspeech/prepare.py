@@ -79,7 +79,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     shards = {name: folder / f"{name}.tar" for name in sorted(captions.runs)}
     for name, path in list(shards.items()):
         if not is_file(path):
-            detail = f"{captions.count(name)} rows of {table.name}"
+            detail = f"rows in {table.name}: {captions.count(name)}"
             yield Rejected(f"{name}.tar", "missing shard", detail, missing=str(path.absolute()))
             del shards[name]
     if not shards:
@@ -174,7 +174,7 @@ class _Limit:
         damage = [item for item in rejected if item.reason in DAMAGES]
         n_lost = sum(item.reason == NO_AUDIO for item in rejected)
         if not damage and too_many(n_lost, n_lost + n_usable, self.max_broken or 1.0):
-            detail = f"{n_lost} of {n_lost + n_usable} captions have no audio"
+            detail = f"captions without audio: {n_lost} of {n_lost + n_usable}"
             damage = [Rejected(shard, INCOMPLETE, detail)]
             yield damage[0]
         self.damaged += damage[:1]
@@ -208,7 +208,7 @@ class _Limit:
 
 def _log_progress(n_shards: int, total: int, n_rows: int, n_samples: int) -> None:
     hours = n_samples / SAMPLE_RATE / 3600
-    log.info(f"reazonspeech: {n_shards:,} of {total:,} shards, {n_rows:,} utterances, {hours:,.2f} h")
+    log.info(f"reazonspeech: shards: {n_shards:,} of {total:,}, utterances: {n_rows:,}, {hours:,.2f} h")
 
 
 def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:

@@ -236,7 +236,7 @@ def _log_report(
         speakers_of.setdefault(split, set()).update({row.speaker} - {""})
     for split, count in sorted(counts.items()):
         log.info(
-            "table %s: %d utterances (%d with text), %.2f h, %d speakers",
+            "table %s: utterances: %d (with text: %d), %.2f h, speakers: %d",
             split,
             count["utterances"],
             count["labeled"],

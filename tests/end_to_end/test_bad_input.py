@@ -375,7 +375,7 @@ def test_out_of_memory_error_names_a_setting(capsys, copy, monkeypatch, stage):
 
 
 def test_error_in_one_process_is_printed_once(whole, tmp_path):
-    """Only the failing process prints the error. The other exits without a traceback or a hang."""
+    """Only the failing process prints the error. The other one exits without a traceback."""
     exp = Path(shutil.copytree(whole, tmp_path / "exp"))
     shutil.rmtree(exp / "iter1/label")
     (exp / "prepare/work/4.wav").unlink()  # this recording is in the second of four shards

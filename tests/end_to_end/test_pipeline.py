@@ -57,7 +57,7 @@ def test_model_learns_the_corpus(whole):
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # each phone has its own chord
     layers = summary["layers"]
     assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
-    # The comparison of layers clusters layer 2 into more units than iteration 2 is trained on.
+    # For the comparison of layers, layer 2 is clustered into more units than for iteration 2.
     assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["pretrained_on"] for units in summary["units"].values()] == [True, True, False]
@@ -113,7 +113,7 @@ def test_worst_utterances_come_first_with_audio(whole, page):
 
 @pytest.mark.slow
 def test_report_page_renders_in_a_browser(page):
-    """There are no console errors, all images load, all audio plays, and the page fits on a phone."""
+    """There are no console errors, all images and audio load, and the page fits on a phone."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
     with sync_api.sync_playwright() as driver:
         try:

@@ -255,7 +255,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 def failing_rank(folder: Path, error: str) -> None:
-    """Raise an error on rank 1 while rank 0 waits and destroying the process group would block."""
+    """Raise an error on rank 1 while rank 0 waits at a barrier."""
     dist.destroy_process_group = lambda: time.sleep(1000)  # blocks, as it does with NCCL
     with distributed.process_group(report_error):
         if distributed.rank() == 1:

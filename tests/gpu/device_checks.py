@@ -307,7 +307,7 @@ def test_kmeans_and_assignment_equal_those_on_the_cpu(backend, device):
 
 
 class CountingFrames:
-    """Frames that count the rows read from them."""
+    """Array of frames that counts the rows that are read from it."""
 
     ndim = 2
 

@@ -43,7 +43,7 @@ MODEL = HubertConfig(
 )
 CONFIG = TrainConfig(
     max_steps=6,
-    batch_seconds=8.0,  # a step has four micro-batches, two for each process
+    batch_seconds=8.0,  # a step has four micro-batches
     groups=4,
     lr=3e-3,
     clip_norm=0.5,

@@ -79,7 +79,7 @@ def test_prepare_and_targets_read_a_release(tmp_path, caplog):
         assert counts[check]["splits"]["dev"]["utterances"] == 7
         assert len(manifest.load(0)) == items[0].n_samples
         assert all(item.words == () and item.alignment == () and item.speaker == "" for item in items)
-        assert "3 of 3 shards, 18 utterances" in caplog.text
+        assert "shards: 3 of 3, utterances: 18" in caplog.text
     (tmp_path / "targets").mkdir()
     # Most recordings are too short for the phones of their captions.
     metrics = targets.run(
@@ -115,7 +115,7 @@ def test_only_a_later_shard_is_read(tmp_path, monkeypatch):
     rows, rejected = read(data, tmp_path)
     assert len(rows) == 6
     assert [(item.id, item.reason, item.detail) for item in rejected] == [
-        ("002.tar", "missing shard", "3 rows of tiny.tsv")
+        ("002.tar", "missing shard", "rows in tiny.tsv: 3")
     ]
     third.rename(release.shard(2))
     read_shards = []

@@ -75,7 +75,7 @@ def test_public_name_has_a_docstring(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_documented_arguments_are_parameters(name: str) -> None:
-    """The reference pages are generated from these sections; an unknown name fails the build of the site."""
+    """The API reference is built from the `Args` sections; an unknown name fails the build of the site."""
     unknown = []
     for path, value in members(name):
         section = re.search(r"^Args:\n((?:[ ]{4}.*\n|\n)+)", f"{inspect.getdoc(value)}\n", re.MULTILINE)
