@@ -26,6 +26,7 @@ from jahubert.prefetch import usable_cores
 from jahubert.train.experiment.script_processes import ScriptProcess, run_job
 
 VERSION = 1
+_MAX_NAME = 1 << 20  # bytes; length of an entry that contains a long name
 _BLOCK = 512  # bytes; headers and contents in a tar file start at multiples of this
 FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of the sample count
 _RATE = 16_000
@@ -136,13 +137,14 @@ def _members(
         header = file.read(_BLOCK + FLAC_HEAD)
         if header[:_BLOCK].count(0) == _BLOCK:
             return  # a zero block ends the archive
-        length = _length(header[:_BLOCK])
-        if length is None:
+        length, kind = _length(header[:_BLOCK]), header[156:157]
+        is_name = kind in (b"L", b"x")  # the entry is the long name of the next file, in GNU or POSIX format
+        if length is None or (is_name and length > _MAX_NAME):
             broken.append([shard, DAMAGED, f"no tar header at byte {position}; the rest is skipped"])
             return
-        offset, kind = position + _BLOCK, header[156:157]
+        offset = position + _BLOCK
         position = offset + -(-length // _BLOCK) * _BLOCK
-        if kind in (b"L", b"x"):  # the entry is the long name of the next file, in GNU or POSIX format
+        if is_name:
             file.seek(offset)
             body = file.read(length)
             match = _PATH.search(body) if kind == b"x" else None
@@ -159,15 +161,16 @@ def _members(
 
 
 def _length(header: bytes) -> int | None:
-    """Return the length (bytes) of a file from its tar header, or None if the header's checksum is wrong."""
+    """Return the length (bytes) of a file from its tar header, or None if the header is damaged."""
     try:
         checksum = int(header[148:156].rstrip(b"\0 "), 8)
         if len(header) < _BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
             return None
         digits = header[124:136]
-        return int.from_bytes(digits[1:], "big") if digits[0] & 0x80 else int(digits.rstrip(b"\0 "), 8)
+        length = int.from_bytes(digits[1:], "big") if digits[0] & 0x80 else int(digits.rstrip(b"\0 "), 8)
     except ValueError:
         return None
+    return length if length >= 0 else None
 
 
 def _name(header: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -345,6 +346,40 @@ def test_damaged_shard_yields_the_members_before_the_damage(tmp_path, damage, us
     reasons = [item.reason for item in rejected]
     assert reasons[0] == reason
     assert reasons[1:] == ["no audio in its shard"] * (4 - usable - (reason == "truncated"))
+
+
+@pytest.mark.parametrize("length", [b"-00000001000", b"\x80" + (1 << 40).to_bytes(11, "big")])
+@pytest.mark.parametrize(
+    "kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE]
+)
+def test_impossible_length_in_a_tar_header_ends_the_shard(tmp_path, kind, length):
+    header = bytearray(tarfile.TarInfo("a.flac").tobuf())
+    header[124:136] = length
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "000.tar").write_bytes(header + bytes(512))
+    (index,) = tar_index.index_shards([tmp_path / "000.tar"], tmp_path / "index", 1)
+    reasons = [reason for _, reason, _ in index["broken"]]
+    assert not index["names"] and (reasons in (["damaged shard"], ["truncated"]) or kind == tarfile.DIRTYPE)
+
+
+def test_members_that_are_no_files_are_skipped(tmp_path):
+    """Links and devices are not followed, and names are never used as paths."""
+    shard, content = tmp_path / "000.tar", flac(4000)
+    with tarfile.open(shard, "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"000/{kind.decode()}.flac")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+        for name in ("/etc/passwd", "../../x.flac", "000/a.flac", "000/a.flac"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (index,) = tar_index.index_shards([shard], tmp_path / "index", 1)
+    assert index["names"] == ["/etc/passwd", "../../x.flac", "000/a.flac", "000/a.flac"]
+    assert not index["broken"] and sorted(os.listdir(tmp_path)) == ["000.tar", "index"]
+    assert os.listdir(tmp_path / "index") == ["000.json"]
 
 
 class FailingMembers:

@@ -36,7 +36,7 @@ SETTINGS = [
     "finetune.train.valid_every=2",
 ]  # fmt: skip
 NGRAM = "ngram"  # name of the decoding with a lexicon and a tuned n-gram, and with calibrated confidences
-TIMEOUT_SECONDS = 120  # stages and commands that take longer are considered hanging
+TIMEOUT_SECONDS = 600  # a stage or command that takes longer is considered hanging, even on a busy machine
 # Fields in JSON files that contain times, or checksums of files with such fields.
 _TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
 
