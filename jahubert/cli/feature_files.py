@@ -12,7 +12,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from jahubert.cli.console import STDIN
 from jahubert.errors import DISK_FULL, ConfigError, DataError, StaleError, file_system_error
 from jahubert.formats.atomic import atomic_write, remove_folder
+from jahubert.formats.lock import LOCK_NAME, run_lock
 
 SINGLE = ".safetensors"
 RECORD = "features.json"
@@ -31,26 +33,53 @@ SOURCES = "sources.jsonl"
 Source = dict[str, Any]
 
 
-class FeatureFiles:
-    """Writer for the features of one run, or of several runs with the same settings.
+@contextmanager
+def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFiles]:
+    """Lock the folder of an output for this run, and yield its writer.
 
     Args:
-        output: a folder, or a .safetensors file that `finish` assembles from the folder
+        output: a folder, or a .safetensors file that `FeatureFiles.finish` assembles from the folder
             `OUT.safetensors.parts`.
         settings: all settings that affect the features, as JSON-compatible values.
 
     Raises:
+        BusyError: another run is using the folder.
         ConfigError: the output file already exists, or the folder cannot be created.
         DataError: `features.json` is damaged.
         StaleError: the features in the folder were computed with different settings.
     """
+    folder = parts_folder(output)
+    # Parts next to a complete file are from a run that ended before it deleted them.
+    if folder != output and output.exists() and not folder.exists():
+        raise ConfigError(f"-o {output} already exists; remove it or choose another name")
+    with ExitStack() as lock:
+        with _report_unwritable(output):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(run_lock(folder))
+        files = FeatureFiles(output, settings)
+        yield files
+    if files.assembled:
+        folder.rmdir()
+
+
+@contextmanager
+def _report_unwritable(output: Path) -> Iterator[None]:
+    """Convert file system errors, except for a full disk, to a ConfigError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
+
+
+class FeatureFiles:
+    """Writer for the features of one run, or of several runs with the same settings (see `feature_files`)."""
 
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        # Parts next to a complete file are from a run that ended before it deleted them.
-        if self.folder != output and output.exists() and not self.folder.exists():
-            raise ConfigError(f"-o {output} already exists; remove it or choose another name")
+        self.assembled = False  # whether `finish` has assembled the output from the parts and deleted these
         record = self.folder / RECORD
         if record.exists():
             recorded = _read_record(record)
@@ -65,14 +94,8 @@ class FeatureFiles:
                     "remove the folder or choose another one"
                 )
         else:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(record) as file:
-                    file.write(json.dumps(settings, indent=2) + "\n")
-            except OSError as error:
-                if error.errno in DISK_FULL:
-                    raise
-                raise ConfigError(f"-o {output} cannot be written: {error.strerror}") from error
+            with _report_unwritable(output), atomic_write(record) as file:
+                file.write(json.dumps(settings, indent=2) + "\n")
         self.written = _read_sources(self.folder / SOURCES)
         self.sources: dict[str, Source] = {}  # current source of each output file for which `has` was called
 
@@ -139,7 +162,17 @@ class FeatureFiles:
                 with file.open("rb") as part:
                     part.seek(-size, os.SEEK_END)
                     shutil.copyfileobj(part, out)
-        remove_folder(self.folder)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Remove the content of the folder: the sources first, so that no run uses a part of the features."""
+        order = {SOURCES: 0, RECORD: 2, LOCK_NAME: 3}
+        for path in sorted(self.folder.iterdir(), key=lambda path: order.get(path.name, 1)):
+            if path.is_dir():
+                remove_folder(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+        self.assembled = True
 
     def _record(self, key: str) -> None:
         """Record the current source of an output file."""

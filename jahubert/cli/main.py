@@ -47,6 +47,8 @@ from jahubert.inference import writers
 from jahubert.streams import check_current_folder, failed_output, is_output_error, open_standard_streams
 
 if TYPE_CHECKING:
+    from jahubert.cli.feature_files import FeatureFiles
+    from jahubert.inference.features import FeatureExtractor
     from jahubert.inference.transcribe import Transcript
 
 MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
@@ -251,7 +253,7 @@ def for_each_input(
 
 
 def features(args: argparse.Namespace) -> int:
-    from jahubert.cli.feature_files import FeatureFiles, parts_folder
+    from jahubert.cli.feature_files import feature_files, parts_folder
 
     inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
     source = model_source(args)
@@ -266,7 +268,14 @@ def features(args: argparse.Namespace) -> int:
     )  # fmt: skip
     names = ("layer", "weights", "dtype", "chunk_seconds")
     settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
-    files = FeatureFiles(Path(args.output), settings)
+    with feature_files(Path(args.output), settings) as files:
+        return compute_features(files, extractor, inputs, empty)
+
+
+def compute_features(
+    files: FeatureFiles, extractor: FeatureExtractor, inputs: Sequence[Input], empty: dict[str, AudioError]
+) -> int:
+    """Compute and write the features that do not exist yet, and return the exit status."""
     progress = CommandProgress(inputs, empty)
     todo = [item for item in inputs if not files.has(item.base, item.label)]
     if n_existing := len(inputs) - len(todo):
@@ -275,7 +284,7 @@ def features(args: argparse.Namespace) -> int:
     whole = extractor.many((item.open() for item in todo), errors="return") if todo else iter(())
     for item in todo:
         try:
-            if args.chunk_seconds is None:
+            if extractor.chunk_seconds is None:
                 result = next(whole)
                 if isinstance(result, Exception):
                     raise result

@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from fixtures.lock_holder import start_lock_holder
 
 import jahubert
 from jahubert.cli import feature_files
 from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
 from jahubert.formats.atomic import temporary_path
+from jahubert.formats.lock import LOCK_NAME
 
 
 def test_features_of_several_layers_match_the_python_api(bundle, folder, capsys):
@@ -184,7 +187,7 @@ def test_parts_left_next_to_a_complete_file_are_deleted_by_the_next_run(bundle, 
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_files, "remove_folder", refuse)
+        patch.setattr(Path, "rmdir", refuse)
         assert main(run) == 2
     content = Path("all.safetensors").read_bytes()
     assert main(run) == 0 and Path("all.safetensors").read_bytes() == content
@@ -246,20 +249,62 @@ def test_single_file_is_assembled_from_more_files_than_may_be_open(tmp_path):
 
     resource = pytest.importorskip("resource")
     output, bases = tmp_path / "all.safetensors", [Path(f"a{number}") for number in range(100)]
-    files = FeatureFiles(output, {})
-    for number, base in enumerate(bases):
-        files.has(base, f"{base}.wav")
-        files.write(base, [torch.full((number, 3), float(number))], (3,))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unused = os.open(os.devnull, os.O_RDONLY)  # the lowest free descriptor
-    os.close(unused)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (unused + 50, hard))
-    try:
-        files.finish(bases)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with feature_files.feature_files(output, {}) as files:
+        for number, base in enumerate(bases):
+            files.has(base, f"{base}.wav")
+            files.write(base, [torch.full((number, 3), float(number))], (3,))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unused = os.open(os.devnull, os.O_RDONLY)  # the lowest free descriptor
+        os.close(unused)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unused + 50, hard))
+        try:
+            files.finish(bases)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     features = load_file(output)
     assert {name: array.shape for name, array in features.items()} == {
         f"a{number}": (number, 3) for number in range(100)
     }
     assert all((array == int(name[1:])).all() for name, array in features.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no POSIX locks")
+@pytest.mark.parametrize("output", ["out", "all.safetensors"])
+def test_second_run_with_the_same_output_is_rejected(bundle, folder, capsys, output):
+    """Otherwise, one of two runs with different settings would not notice the features of the other."""
+    run = ["features", "--model", bundle, "data/a.wav", "-o", output]
+    used = feature_files.parts_folder(Path(output))
+    used.mkdir()
+    child = start_lock_holder(used)
+    try:
+        assert main(run) == 2
+        assert f"process {child.pid}" in capsys.readouterr().err
+        assert os.listdir(used) == [LOCK_NAME]
+    finally:
+        child.kill()
+        child.wait()
+    assert main(run) == 0  # the lock file of the killed run is reused and removed
+    assert sorted(os.listdir()) == sorted(["data", output])
+    assert output == "all.safetensors" or sorted(os.listdir(output)) == [
+        "a.npy",
+        "features.json",
+        "sources.jsonl",
+    ]
+
+
+def test_run_that_is_killed_while_it_removes_parts_keeps_their_settings(bundle, folder, capsys, monkeypatch):
+    run = ["features", "--model", bundle, "data/a.wav", "-o", "all.safetensors"]
+    unlink = Path.unlink
+
+    def killed(self, missing_ok=False):
+        if self.suffix == ".npy":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert main(run) == 130
+    assert main([*run, "--layer", "1"]) == 2
+    assert "layer" in capsys.readouterr().err
+    assert main(run) == 0
+    assert sorted(os.listdir()) == ["all.safetensors", "data"]

@@ -22,11 +22,11 @@ from typing import Any
 
 from jahubert.errors import DataError, StaleError, quote
 from jahubert.formats.atomic import PREFIX, atomic_write
+from jahubert.formats.lock import LOCK_NAME as RUNNING
+from jahubert.formats.lock import lock_owner
 from jahubert.formats.model_files import model_files
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.config import input_fields, result_fields
-from jahubert.train.experiment.lock import LOCK_NAME as RUNNING
-from jahubert.train.experiment.lock import lock_owner
 from jahubert.train.experiment.registry import PER_DECODING, source_file, stage_of
 
 STARTED, DONE = "started.json", "provenance.json"

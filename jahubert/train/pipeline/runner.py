@@ -75,9 +75,9 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     Exceptions that the stage raises propagate.
     """
     from jahubert.formats.atomic import remove_leftovers
+    from jahubert.formats.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment import distributed, provenance
     from jahubert.train.experiment.config import default_fields, runtime_fields
-    from jahubert.train.experiment.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment.registry import STAGES, resolve
     from jahubert.train.experiment.resource_errors import report_file_errors, report_oom
 

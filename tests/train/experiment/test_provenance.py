@@ -14,8 +14,8 @@ import torch
 
 from jahubert.cli.main import main
 from jahubert.errors import DataError, StaleError
+from jahubert.formats.lock import run_lock
 from jahubert.train.experiment.config import runtime_field
-from jahubert.train.experiment.lock import run_lock
 from jahubert.train.experiment.provenance import (
     DONE,
     STARTED,

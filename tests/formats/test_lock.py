@@ -10,24 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.lock_holder import start_lock_holder
 
 from jahubert.errors import BusyError
+from jahubert.formats.lock import LOCK_NAME, lock_owner, run_lock
 from jahubert.train.experiment.distributed import launch
-from jahubert.train.experiment.lock import LOCK_NAME, lock_owner, run_lock
-
-HOLD_LOCK = (
-    "import sys, time; from pathlib import Path; from jahubert.train.experiment.lock import run_lock\n"
-)
-HOLD_LOCK += "with run_lock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
-
-
-def start_lock_holder(folder: Path) -> subprocess.Popen:
-    """Start a process that locks the folder."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK, str(folder)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None and child.stdout.readline() == "locked\n"
-    return child
 
 
 def test_folder_is_locked_until_its_process_ends(tmp_path):
