@@ -2,8 +2,7 @@
 
 All random choices are determined by (seed, epoch, row), as for crops and masks. Results therefore depend
 neither on the number of workers nor on interruptions. The speed of an utterance is drawn without reading its
-audio, so that the sampler knows the resulting length. All effects are synthetic and need no recordings of
-rooms or noise.
+audio, so that the sampler knows the resulting length. The effects need no recordings of rooms or noise.
 """
 
 from __future__ import annotations

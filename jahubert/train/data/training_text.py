@@ -18,7 +18,7 @@ _VOCABULARY = {"phone": "phones", "kana": "kana", "character": "characters"}  # 
 
 
 def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """Yield the tokens of every utterance in the `train` split.
+    """Yield the tokens of every utterance in the `train` split that has targets.
 
     All tokens are taken from the targets of the experiment. Words are written as in the text if the text has
     the same words, and otherwise in kana.

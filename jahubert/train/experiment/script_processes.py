@@ -33,7 +33,7 @@ _MIN_SHARE = 8
 class ScriptProcess:
     """A Python process that runs a script with the module search path of this process.
 
-    As a context manager, it is killed at the end of the block if it is still running.
+    In a `with` statement, the process is killed at the end of the block if it is still running.
 
     Args:
         script: the script, which may import other files in its folder.

@@ -1,4 +1,4 @@
-"""Sweeps: one run per combination of swept settings, each in its own experiment folder."""
+"""Sweeps: one run per combination of swept settings, with a separate folder for each experiment."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
 
 
 def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
-    """Look up a GPU by name, ignoring case. Its rates are measured rates or a fraction of its peak.
+    """Look up a GPU by name, ignoring case. Its rates are either measured or a fraction of its peak.
 
     Args:
         utilization: assumed fraction of the 16-bit peak. With None, measured rates are used if available, and

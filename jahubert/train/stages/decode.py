@@ -86,7 +86,7 @@ class Config:
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 1": ("beam", "n_best"), "positive": ("batch_seconds",)})
         if self.n_best > self.beam:
-            errors.append(f"n_best is {self.n_best}, but must be at most beam, {self.beam}")
+            errors.append(f"n_best is {self.n_best}, but must be at most beam ({self.beam})")
         fused = self.lm is not None or self.lexicon is not None
         if self.search == "greedy" and (self.n_best > 1 or fused):
             errors.append("search=greedy does not support n_best > 1, lm or lexicon; set search=beam")

@@ -110,8 +110,8 @@ class Config:
         if not 0 <= self.head_only_steps < self.train.max_steps:
             errors.append(
                 f"head_only_steps is {self.head_only_steps}, but must be at least 0 and less than "
-                f"train.max_steps, {self.train.max_steps}, so that the encoder is trained. Set it to 0, or "
-                f"to {round(0.4 * self.train.max_steps)} (same proportion as in HuBERT's base_10h)"
+                f"train.max_steps ({self.train.max_steps}), so that the encoder is trained. Set it to 0, or "
+                f"to {round(0.4 * self.train.max_steps)} (the same proportion as in fairseq's base_10h)"
             )
         raise_config_errors(errors)
 

@@ -55,7 +55,7 @@ class Config:
             wrong.append(f"n_clusters is {self.n_clusters}, but must be at most {MAX_UNITS} (16-bit labels)")
         if self.lloyd_frames < self.n_clusters:
             wrong.append(
-                f"lloyd_frames is {self.lloyd_frames}, but must be at least n_clusters, {self.n_clusters}"
+                f"lloyd_frames is {self.lloyd_frames}, but must be at least n_clusters ({self.n_clusters})"
             )
         raise_config_errors(wrong)
 

@@ -83,7 +83,7 @@ class Config:
                 )
                 errors.append(
                     f"crop.max_seconds is {self.crop.max_seconds}, but must be at most "
-                    f"train.{name}{per_group}, {limit:g}"
+                    f"train.{name}{per_group} ({limit:g})"
                 )
         raise_config_errors(errors)
 

@@ -90,7 +90,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def system_examples(
     config: Config, manifest: Manifest, times: dict[int, tuple[Phone, ...]]
 ) -> dict[str, dict[str, list[Example]]]:
-    """Return example utterances for every scored system, with the units of the last iteration."""
+    """Return example utterances for every scored decoding, with the units of the last iteration."""
     stores = units.label_stores(config.exp)
     store = stores[max(stores)] if stores else None
     return {

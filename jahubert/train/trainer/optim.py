@@ -79,14 +79,14 @@ class TrainConfig:
             errors.append(f"sharded=true requires engine=torch, but engine is {self.engine}")
         if self.save_every > 0 and self.keep_every % self.save_every:
             errors.append(
-                f"keep_every is {self.keep_every}, but must be a multiple of save_every, {self.save_every}"
+                f"keep_every is {self.keep_every}, but must be a multiple of save_every ({self.save_every})"
             )
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             errors.append("warmup and hold are fractions of max_steps and must not add up to more than 1")
         if self.micro_seconds is not None and self.micro_seconds > self.batch_seconds:
             errors.append(
-                f"micro_seconds is {self.micro_seconds}, but must be at most batch_seconds, "
-                f"{self.batch_seconds}"
+                f"micro_seconds is {self.micro_seconds}, but must be at most batch_seconds "
+                f"({self.batch_seconds})"
             )
         raise_config_errors(errors)
 

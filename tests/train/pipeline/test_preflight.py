@@ -237,7 +237,7 @@ def test_head_only_steps_must_be_less_than_max_steps(capsys, tmp_path):
     assert run.main([*command, "finetune.train.max_steps=5000"]) == 2
     message = capsys.readouterr().err
     assert (
-        "finetune.head_only_steps is 10000, but must be at least 0 and less than train.max_steps, 5000"
+        "finetune.head_only_steps is 10000, but must be at least 0 and less than train.max_steps (5000)"
         in message
     )
     assert "Set it to 0, or to 2000" in message
