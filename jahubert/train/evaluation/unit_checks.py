@@ -106,7 +106,7 @@ def accuracy_problem(
     if reached and accuracy < _POOR * published[max(reached)]:
         return (
             f"accuracy on masked frames is {accuracy:.3f} after {step} updates; the published run on "
-            f"LibriSpeech has {published[max(reached)]:.3f} after {max(reached)}. Check "
+            f"LibriSpeech reached {published[max(reached)]:.3f} after {max(reached)} updates. Check "
             "pretrain.train.batch_seconds (2,800 in the published run), the crop lengths and the amount of "
             "audio in the manifest"
         )

@@ -162,7 +162,7 @@ class Checkpoints:
         for path in reversed(_by_step(self.folder)):
             damage = checkpoint_damage(path, contents=True)
             if not damage:
-                self._delete_old(path)  # a killed run may not have deleted them
+                self._delete_old(path)  # a killed run may have left old checkpoints
                 return path
             log.warning("%s: damaged checkpoint ignored (%s)", path, damage)
             self.damaged.add(path)
