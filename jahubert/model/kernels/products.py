@@ -79,12 +79,12 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def _uses_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        a.device.type == "cpu"
+        not is_tracing()  # first, because torch.compile would make a graph for each result of the conditions
+        and a.device.type == "cpu"
         and a.dtype is b.dtype is torch.float32
         and autocast_dtype(a) is torch.float32
         and a.shape[0] * b.numel() >= MIN_MULTIPLICATIONS
         and onednn_is_faster()
-        and not is_tracing()
     )
 
 
