@@ -16,7 +16,7 @@ import torch
 from jahubert.model.kernels import products
 
 FRAMES, WIDTH, INNER = 1024, 768, 3072  # packed frames (20 s of audio), model width, feed-forward width
-# Rows, summed dimension and columns of each product.
+# Rows, inner dimension and columns of each product.
 SHAPES = {
     "layer": (FRAMES, WIDTH, INNER),
     "input gradient": (FRAMES, INNER, WIDTH),

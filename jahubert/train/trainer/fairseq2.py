@@ -55,7 +55,8 @@ from jahubert.train.trainer.trainer import (
     stopped_error,
 )
 
-_conda = os.environ.pop("CONDA_PREFIX", None)  # if set, fairseq2 searches for libsndfile only in that folder
+# If CONDA_PREFIX is set, fairseq2 does not use the system's search path for libsndfile.
+_conda = os.environ.pop("CONDA_PREFIX", None)
 try:
     import fairseq2.recipe  # noqa: F401  imported before fairseq2.trainer to avoid a circular import
     from fairseq2.checkpoint import NOOP_HG_EXPORTER, StandardCheckpointManager
