@@ -113,7 +113,7 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
         train(module, data, config, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     seconds = sum(row["timing"]["seconds"] for row in rows)
-    audio = sum(row["timing"]["audio_hours_an_hour"] * row["timing"]["seconds"] for row in rows)
+    audio = sum(row["timing"]["audio_hours_per_hour"] * row["timing"]["seconds"] for row in rows)
     waiting = sum(row["timing"]["waiting"] * row["timing"]["seconds"] for row in rows) / seconds
     name, rate = "compiled engine" if compiled else "engine", audio / seconds
     report.add(

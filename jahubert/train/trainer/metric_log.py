@@ -73,13 +73,13 @@ class MetricLog:
             row = {"step": step, **self.last_metrics, "grad_norm": norm, "lr": lr_at(step - 1, self.config)}
             row |= {"overflows": overflows} if overflows else {}
             remaining = (self.config.max_steps - step) * timing["seconds"] / max(1, timing["steps"])
-            timing = timing | {"audio_hours_an_hour": sums.get("seconds", 0.0) / timing["seconds"]}
+            timing = timing | {"audio_hours_per_hour": sums.get("seconds", 0.0) / timing["seconds"]}
             if self.config.compile:
                 before, self.graphs = self.graphs, compiled_graphs()
                 timing["compiled_graphs"] = self.graphs - before
             self._write(row | {"timing": timing})
             line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            line += f"  {timing['audio_hours_an_hour']:.4g} audio-h/h"
+            line += f"  {timing['audio_hours_per_hour']:.4g} audio-h/h"
             line += f"  waiting for data {timing['waiting']:.1%}"
             line += f"  compiled graphs: {timing['compiled_graphs']}" if timing.get("compiled_graphs") else ""
             line += f"  {duration(remaining)} left"

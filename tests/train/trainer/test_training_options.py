@@ -158,7 +158,7 @@ def test_progress_is_logged(tmp_path, caplog):
         assert part in messages[0], messages[0]
     assert all(0 <= row["padding"] < 0.2 and row["grad_norm"] > 0 for row in metrics)
     timing = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["timing"]
-    assert timing["steps"] == 2 and timing["audio_hours_an_hour"] > 0 and 0 <= timing["waiting"] <= 1
+    assert timing["steps"] == 2 and timing["audio_hours_per_hour"] > 0 and 0 <= timing["waiting"] <= 1
 
 
 def test_settings_without_effect_are_warned_about(tmp_path, caplog):
