@@ -6,21 +6,36 @@ The streams may be closed, full or connected to a pipe that ends early, and the 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
+from typing import Any
 
 from jahubert.errors import DISK_FULL, UserError, exit_status
 
 BROKEN_PIPE = 141  # exit status if the reader of standard output ends early
 
 
+class _StandardError(io.FileIO):
+    """Standard error whose failed writes are ignored, so that a lost message does not end the work."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def open_standard_streams() -> None:
-    """Replace standard output or standard error if it is closed.
+    """Replace standard output or standard error if it is closed, and ignore failed writes to standard error.
 
     Writes to the new standard output fail, and those to the new standard error are discarded. The descriptors
     of closed streams are occupied as well. Otherwise, an output file could get one of them and receive what a
     library prints.
     """
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(_StandardError(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:

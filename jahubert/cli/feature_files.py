@@ -255,6 +255,22 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(output.name + ".parts") if output.suffix == SINGLE else output
 
 
+def check_keys(output: Path, bases: Iterable[Path]) -> None:
+    """Raise ConfigError if a safetensors file cannot contain all features under the names of the recordings.
+
+    The format reserves `__metadata__`, and names that are not UTF-8 may become equal when they are escaped.
+    """
+    used = {"__metadata__"}
+    for base in bases if output.suffix == SINGLE else ():
+        key = _key(base.with_name(f"{base.name}.npy"))
+        if key in used:
+            raise ConfigError(
+                f"-o {output}: the name {key} is used twice or reserved in safetensors files; rename the "
+                "recording, or give a folder"
+            )
+        used.add(key)
+
+
 def save_array(array: Tensor, path: Path) -> None:
     """Write a tensor to a .npy file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

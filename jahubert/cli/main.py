@@ -253,9 +253,10 @@ def for_each_input(
 
 
 def features(args: argparse.Namespace) -> int:
-    from jahubert.cli.feature_files import feature_files, parts_folder
+    from jahubert.cli.feature_files import check_keys, feature_files, parts_folder
 
     inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
+    check_keys(Path(args.output), (item.base for item in inputs))
     source = model_source(args)
     import torch
 

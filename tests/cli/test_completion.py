@@ -145,6 +145,16 @@ def test_full_disk_as_standard_output_is_reported():
     )
 
 
+@pytest.mark.parametrize("arguments", [["nothing"], ["run", "--nothing"], ["status", "missing"]])
+def test_error_whose_message_cannot_be_written_keeps_its_status(tmp_path, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"import sys; from jahubert.cli.main import main; sys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], stderr=writer, cwd=tmp_path, timeout=60)
+    os.close(writer)
+    assert done.returncode == 2
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
 @pytest.mark.parametrize(
     "arguments", ["completion bash", "run --help", "run recipe=demo stage=prepare --info"]

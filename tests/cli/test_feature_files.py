@@ -308,3 +308,14 @@ def test_run_that_is_killed_while_it_removes_parts_keeps_their_settings(bundle, 
     assert "layer" in capsys.readouterr().err
     assert main(run) == 0
     assert sorted(os.listdir()) == ["all.safetensors", "data"]
+
+
+@pytest.mark.parametrize("names", [["__metadata__"], ["b\udcff", "b\\udcff"]])
+def test_names_that_a_safetensors_file_cannot_contain_are_rejected(bundle, folder, capsys, names):
+    for name in names:
+        Path(f"{name}.wav").write_bytes(Path("data/a.wav").read_bytes())
+    run = ["features", "--model", bundle, *(f"{name}.wav" for name in names)]
+    assert main([*run, "-o", "all.safetensors"]) == 2
+    assert names[-1] in capsys.readouterr().err and not Path("all.safetensors.parts").exists()
+    assert main([*run, "-o", "out"]) == 0
+    assert len(list(Path("out").glob("*.npy"))) == len(names)

@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import sys
 from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
@@ -75,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     with stop_signals():
         try:
             check_current_folder()
-            return _run(list(argv))
+            status = _run(list(argv))
+            sys.stdout.flush()
+            return status
         except (Exception, KeyboardInterrupt, StopRequested) as error:
             return report_error(error)
 

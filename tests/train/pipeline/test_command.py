@@ -40,3 +40,23 @@ def test_only_errors_that_output_can_raise_are_reported_for_standard_output(numb
     assert done.returncode == status
     assert ("standard output" in done.stderr) == (number in (errno.ENOSPC, errno.EBADF))
     assert (done.stderr == "") == (number == errno.EPIPE)
+
+
+BROKEN = """
+import os, sys
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, {descriptor})
+from jahubert import run
+from jahubert.train.pipeline import command
+command._run = lambda argv: print("message", file=sys.stderr) or print("result") or 0
+sys.exit(run.main([]))
+"""
+
+
+@pytest.mark.parametrize(("descriptor", "status"), [(1, 141), (2, 0)])
+def test_result_of_a_stage_for_a_closed_pipe_gives_the_documented_status(descriptor, status):
+    code = BROKEN.format(descriptor=descriptor)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert (done.stdout, done.stderr) == (("", "message\n") if descriptor == 1 else ("result\n", ""))
