@@ -125,8 +125,8 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[list[str], dict[str, s
     `key=a,b`, `key=choice(a,b)` and `key=range(1,4)` are sweeps. Quoted commas do not separate values.
 
     Raises:
-        ConfigError: an argument is not an override, a sweep has an invalid range or an empty value, or there
-            are too many combinations.
+        ConfigError: an argument is not a valid override, a sweep has an invalid or empty range or an empty
+            value, or there are too many values or combinations.
     """
     parse_overrides([argument for argument in arguments if not _sweep_values(argument)])
     options = [_sweep_values(argument) or [argument] for argument in arguments]
@@ -153,7 +153,7 @@ def _sweep_values(argument: str) -> list[str] | None:
         values = [part.strip() for part in split_top_level(match[1] if match else text, ",")]
         if len(values) == 1 and not match:
             return None
-    if "" in values or not values:
+    if "" in values:
         raise ConfigError(f"{argument}: empty value in sweep")
     return [f"{name}={value}" for value in values]
 
@@ -165,6 +165,10 @@ def _range(text: str, argument: str) -> range:
         raise ConfigError(
             f"{argument}: write range(START,STOP) or range(START,STOP,STEP) with integers"
         ) from None
+    if not numbers:
+        raise ConfigError(f"{argument}: the range is empty")
+    if not numbers:
+        raise ConfigError(f"{argument}: the range is empty")
     if len(numbers[: _MAX_RUNS + 1]) > _MAX_RUNS:
         raise ConfigError(f"{argument}: more than {_MAX_RUNS} values")
     return numbers

@@ -222,6 +222,12 @@ def test_excessive_sweep_is_rejected(sweep):
         expand_sweeps(sweep)
 
 
+@pytest.mark.parametrize(("sweep", "message"), [("a=range(4,1)", "range is empty"), ("a=1,", "empty value")])
+def test_sweep_without_values_is_rejected(sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        expand_sweeps([sweep])
+
+
 def test_sweeps_are_expanded_in_order():
     expanded = expand_sweeps(["a=1,2", "b=[x,y]", "c=choice(1.10,'p,q')", "d='u,v'", "e=range(0,4,2)"])
     assert [pair[1] for pair in expanded] == [
