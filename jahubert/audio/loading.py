@@ -120,7 +120,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     The length in the header is used if the format allows it to be verified. Otherwise, the file is decoded.
 
     Raises:
-        AudioError: as for `load_audio`, except for errors that are detected only in the samples.
+        AudioError: as for `load_audio`, but invalid samples may remain undetected.
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:

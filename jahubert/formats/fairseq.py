@@ -161,7 +161,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def _read_settings(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the settings of model and task, resolving those that a fine-tuned model inherits."""
+    """Read the settings of model and task. A fine-tuned model inherits settings of its pretrained model."""
     if "model_weight" in content:
         content = {"cfg": {"model": content.get("model_cfg"), "task": content.get("task_cfg")}}
     settings: Any = to_plain(path, content.get("cfg")) or to_plain(path, content.get("args"))

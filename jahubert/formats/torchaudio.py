@@ -134,7 +134,8 @@ def _read_config(path: Path, inner: dict[str, Tensor], notes: list[str]) -> tupl
     """Determine the configuration and CTC symbols from shapes and from the JSON file next to `path`.
 
     Without the JSON file, strides as in the published models and attention heads of width 64 (xlarge: 80) are
-    assumed. Layer norms in the front end imply pre-norm and normalized waveforms, as in torchaudio's models.
+    assumed, and a model with layer norms in the front end is assumed to be a pre-norm model with normalized
+    waveforms, as in torchaudio's own models.
     """
     from_shapes = fields_from_shapes(path, inner, torchaudio_name)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in inner

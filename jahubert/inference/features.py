@@ -250,7 +250,7 @@ class FeatureExtractor:
         return [result for wav in wavs for result in self._encode_batch([wav], errors)]
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
-        """Yield the features of one recording of any length chunk by chunk, using bounded memory.
+        """Yield the features of one recording in chunks. For a file, memory use is independent of length.
 
         The concatenated chunks equal the result of `__call__` with the same `chunk_seconds`, up to rounding.
         Without `chunk_seconds`, chunks of 30 s are used.
@@ -290,7 +290,7 @@ class UnitExtractor:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> UnitExtractor:
-        """Load a bundle with centroids. `options` are those of `FeatureExtractor`, except `layer`."""
+        """Load a bundle with centroids. `options` are `device`, `dtype` and `chunk_seconds`."""
         return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
 
     @classmethod

@@ -122,7 +122,7 @@ class Transcript:
 
     @property
     def confidence(self) -> float | None:
-        """Mean confidence of the words, weighted by their numbers of phonemes, or None without words."""
+        """Mean confidence of the words, weighted by their numbers of phonemes. None if there are no words."""
         if not self.words:
             return None
         lengths = [len(word.phonemes) for word in self.words]
@@ -297,8 +297,8 @@ class Transcriber:
     ) -> Iterator[Transcript | Exception]:
         """Transcribe many recordings, in order, while reading the next ones in the background.
 
-        Recordings of up to 30 s are batched. Longer ones are read and recognized chunk by chunk, using
-        bounded memory.
+        Recordings of up to 30 s are batched. Longer ones are read and recognized in chunks, and longer files
+        are not loaded as a whole.
 
         Args:
             audio: files or arrays. Up to 16 further items are taken from an iterator before the transcript of

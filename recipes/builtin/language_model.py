@@ -1,4 +1,4 @@
-"""Phone n-gram model for the built-in model, estimated from its training text and other sentences."""
+"""Phone n-gram model for the built-in model, from its training texts and optional other sentences."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def _resolve_channel(segments: Sequence[Segment], path: Path, options: TagOption
 def merge_dependent_words(words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """Merge words that cannot be pronounced alone with the preceding word in the segment.
 
-    Such words start with ー or consist of ッ, as in 行こ + う, pronounced イコ + ー. If there is no preceding
-    word, the ー is dropped. Words without any sound are dropped, too.
+    Such words start with ー, as in 行こ + う, pronounced イコ + ー, or consist only of ッ and ー. If there is
+    no preceding word, a leading ー is dropped, and a word that consists only of ッ and ー is dropped.
 
     Args:
         words: pairs (kana, line number).

@@ -218,7 +218,8 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
         data: folder of a release, or the folder that contains it.
 
     Raises:
-        DataError: there is no release or more than one, or the table does not exist.
+        DataError: `data` is None, there is no release or more than one, the table does not exist, or there
+            are two tables of this name with different content.
     """
     if data is None:
         raise DataError(

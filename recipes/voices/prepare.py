@@ -97,7 +97,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker, defined by the voices of an engine and a speaking style."""
+    """A speaker: a group of compatible voices, and a style that contains their weights."""
 
     name: str
     voices: tuple[Voice, ...]

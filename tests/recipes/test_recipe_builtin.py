@@ -374,7 +374,7 @@ def test_missing_common_voice_corpus_is_reported(capsys):
 
 
 def test_ngram_counts_distinct_sentences_without_held_out_ones(tmp_path, monkeypatch):
-    """A test sentence also occurs in the training split and in the file of texts."""
+    """A test sentence that is also in the training split and in the file of texts is not counted."""
     soundfile.write(tmp_path / "a.wav", buzz(200), RATE)
     audio = AudioSource(str(tmp_path / "a.wav"))
     ame, kasa = (("a", "m", "e"),), (("k", "a", "s", "a"),)

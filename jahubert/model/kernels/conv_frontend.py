@@ -224,7 +224,7 @@ def _gelu_conv(x: Tensor, factor: Tensor | None, weight_OCK: Tensor, stride: int
 class _GeluConv(torch.autograd.Function):
     """`_gelu_conv` implemented with matrix products, as the module docstring describes.
 
-    Only x (or its two factors) and the weights are stored for the backward pass. On a CPU, only some of the
+    Only x, `factor` (if given) and the weights are stored for the backward pass. On a CPU, only some of the
     rows are processed at a time, so that intermediate results remain in the cache.
     """
 

@@ -28,7 +28,7 @@ from jahubert.train.experiment.registry import FEATURES, resolve, source_file
 
 _IN_FLIGHT = 64  # maximum number of utterances (several batches) whose frames are being copied to the CPU
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
-_CODE = "code"  # CRC-32 of the Python file that defines a custom feature
+_CODE = "code"  # key of the CRC-32 of the Python file that defines a custom feature
 
 
 def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:

@@ -43,7 +43,7 @@ class AugmentConfig:
     reverb_direct_db: tuple[float, float] = (0.0, 12.0)  # range of the direct-to-reverberant ratio in dB
     # Probability of mixing in up to 3 other training utterances, each for at most half of the duration.
     mix_prob: float = 0.0
-    # Range of the level of the utterance relative to the mixed-in speech in dB.
+    # Range in dB of the level of the utterance, relative to the mixed-in speech.
     mix_snr_db: tuple[float, float] = (5.0, 20.0)
     noise_prob: float = 0.0  # probability of stationary noise
     noise_snr_db: tuple[float, float] = (5.0, 30.0)  # range of the signal-to-noise ratio in dB

@@ -36,7 +36,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors per reference item, which can exceed 1 if there are many insertions."""
+        """Errors per reference item, which may exceed 1; for an empty reference, the number of errors."""
         return self.errors / max(1, self.length)
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:

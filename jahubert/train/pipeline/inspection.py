@@ -28,8 +28,8 @@ _TEXT = {
 def settings_yaml(overrides: Sequence[str]) -> str:
     """Format the settings of a command as YAML.
 
-    The composed tree is followed by `jobs`, the selected stages. The settings of each stage include the
-    defaults of its dataclass. `jobs` is omitted unless both `recipe=` and `stage=` are set.
+    The settings of each stage include the defaults of its dataclass. If both `recipe=` and `stage=` are set,
+    the last key is `jobs`, which has the settings of every selected stage.
     """
     import yaml
 

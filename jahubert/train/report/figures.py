@@ -28,8 +28,8 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """Plot each metric against the step, with one color per run and dashed lines for validation.
 
     Args:
-        runs: mapping from run names to the lines of metrics.jsonl. `speed` (updates per second) and `waiting`
-            (fraction of time spent waiting for data) are computed from the times in these lines.
+        runs: mapping from run names to the lines of metrics.jsonl. The `timing` of a line is plotted as
+            `speed` (updates per second) and `waiting` (fraction of the time spent waiting for data).
     """
     series: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
     for run, rows in runs.items():

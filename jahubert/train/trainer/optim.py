@@ -23,7 +23,8 @@ class TrainConfig:
     """
 
     max_steps: int = 400_000  # number of updates
-    # Seconds of audio per step over all devices. Gradients are accumulated if necessary.
+    # Maximum seconds of audio per step over all devices, including padding. Gradients are accumulated if
+    # necessary.
     batch_seconds: float = 2800.0
     # Number of groups per step, where a group consists of utterances with similar lengths; null: derived from
     # batch_seconds (8 for 2,800 s).

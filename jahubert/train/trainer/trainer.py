@@ -138,7 +138,7 @@ def train(
     """Train `module` (a `Trainable`) up to `config.max_steps`, resuming from the newest checkpoint in `out`.
 
     Args:
-        validate: computes validation metrics of the module; called in all processes.
+        validate: function that computes validation metrics of the module. It is called in all processes.
         best: name of the validation metric to minimize. The weights with the lowest value are saved to
             `best_N.safetensors`, where N is the step, and loaded into the module at the end.
 
