@@ -325,6 +325,13 @@ def test_full_disk_errors_of_torch_and_safetensors_are_recognized(tmp_path):
         raise KeyError("something else")
 
 
+def test_limit_on_file_sizes_is_not_reported_as_a_full_disk(tmp_path):
+    error = OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(tmp_path / "a"))
+    with pytest.raises(DiskFullError, match="ulimit") as caught, report_file_errors(tmp_path):
+        raise error
+    assert str(tmp_path) in str(caught.value) and caught.value.exit_status == 1
+
+
 def test_full_disk_is_recognized_in_the_language_of_the_system(tmp_path, monkeypatch):
     message = "デバイスに空き領域がありません"
     monkeypatch.setattr(os, "strerror", lambda code: message if code == errno.ENOSPC else f"error {code}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -53,6 +54,11 @@ def report_file_errors(out: Path) -> Iterator[None]:
         if isinstance(error, JahubertError) and not _reports_full_disk(error):
             raise
         failure = file_system_error(error, out)
+        if failure is not None and failure.errno == errno.EFBIG:
+            raise DiskFullError(
+                f"a file exceeds the maximum size (ulimit -f) while writing to {out}: raise the limit and "
+                "rerun the same command; finished work is kept"
+            ) from error
         if _is_disk_full(error, failure, out):
             raise DiskFullError(
                 f"the disk is full while writing to {out}: free some space and rerun the same command; "
