@@ -12,8 +12,10 @@ import numpy as np
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.phonemes import BLANK, BOUNDARY, KANA, PhonemeSet
+from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment.provenance import read_record, write_json
 
+HEADER = "header.json"
 UNKNOWN = "<unk>"  # replaces characters that do not occur in the training data; the model never learns it
 
 
@@ -43,7 +45,9 @@ def split_words(symbols: PhonemeSet, labels: Sequence[int]) -> list[tuple[str, .
     return words if symbols.boundary >= 0 else [(symbol,) for word in words for symbol in word]
 
 
-def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet) -> int:
+def write_targets(
+    folder: Path, rows: Iterable[Sequence[int]], phonemes: PhonemeSet, manifest: Manifest
+) -> int:
     """Write the targets for all rows of a manifest, and return the total number of symbols."""
     offsets, symbols = array("q", [0]), array("h")  # lists would need far more memory
     for row in rows:
@@ -53,6 +57,7 @@ def write_targets(folder: Path, rows: Iterable[Sequence[int]], phonemes: Phoneme
         with atomic_write(folder / f"{name}.npy", "wb") as file:
             np.save(file, np.array(content))
     write_json(folder / "phonemes.json", phonemes.to_json())
+    write_json(folder / HEADER, {"manifest": manifest.fingerprint})
     return len(symbols)
 
 
@@ -70,6 +75,20 @@ class TargetStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TargetStore, (self.folder,)  # each worker maps the files into its own memory
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise DataError unless the targets were created for this manifest.
+
+        Earlier versions did not record the fingerprint of the manifest. Only the number of utterances is then
+        compared.
+        """
+        header = read_record(self.folder / HEADER) if (self.folder / HEADER).exists() else {}
+        recorded = header.get("manifest", manifest.fingerprint)
+        if len(self) != len(manifest) or recorded != manifest.fingerprint:
+            raise DataError(
+                f"{self.folder}: the targets were created for a different manifest than {manifest.path} "
+                f"({len(self)} and {len(manifest)} utterances); rerun stage=targets"
+            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

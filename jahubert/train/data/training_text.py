@@ -30,6 +30,7 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     """
     verify_files(exp / "targets")
     manifest, targets = Manifest.verified(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")
+    targets.check(manifest)
     vocabulary = vocabulary_kind(targets.phonemes)
     if tokenizer.unit == "word":
         fits = vocabulary != "characters"

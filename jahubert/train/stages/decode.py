@@ -134,6 +134,7 @@ def make_search(config: Config, symbols: PhonemeSet, fusion: Fusion | None = Non
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
+    targets.check(manifest)
     bundle = load_bundle(config.model)
     if bundle.ctc is None:
         raise CheckpointError(f"decode.model: {config.model} has no CTC head; use a fine-tuned model")

@@ -163,6 +163,7 @@ class FineTuner(nn.Module):
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
+    targets.check(manifest)
     rows = choose_rows(manifest, targets, config)
     torch.manual_seed(config.seed)
     module = FineTuner(

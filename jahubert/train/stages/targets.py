@@ -1,7 +1,7 @@
 """Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
 Reads   the manifest: for phones and kana, the words of an utterance if available; otherwise, its text
-Writes  symbols.npy, offsets.npy, phonemes.json, rejected.jsonl (rejected utterances with reasons)
+Writes  symbols.npy, offsets.npy, phonemes.json, header.json, rejected.jsonl (rejected utterances)
 
     python -m jahubert.run recipe=demo stage=targets
 """
@@ -78,7 +78,7 @@ def make_targets(config: Config, out: Path) -> dict[str, Any]:
         atomic_write(out / "rejected.jsonl") as rejected,
         progress("reading text", "utterances", len(manifest)) as done,
     ):
-        n_symbols = write_targets(out, rows(), symbols)
+        n_symbols = write_targets(out, rows(), symbols, manifest)
     for reason, n in reasons.most_common():
         log.warning("rejected utterances: %d (%s); see %s", n, reason, out / "rejected.jsonl")
     if not sources:

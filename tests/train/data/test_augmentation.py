@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> tuple[Manifest, TargetStore, LabelStore]:
         items.append(Utterance(str(number), AudioSource(str(folder / f"{number}.wav")), n_samples=length))
     write_manifest(folder / "manifest.arrow", items)
     manifest, phonemes = Manifest(folder / "manifest.arrow"), PhonemeSet.standard()
-    write_targets(folder, [phonemes.encode([("k", "a")])] * len(items), phonemes)
+    write_targets(folder, [phonemes.encode([("k", "a")])] * len(items), phonemes, manifest)
     n_frames = HUBERT.n_frames(LENGTHS)
     header = LabelHeader(200, "mfcc", None, "c", None, manifest.fingerprint, False)
     writer = LabelWriter(folder / "labels", header, n_frames)

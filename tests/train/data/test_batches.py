@@ -119,7 +119,7 @@ def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
     manifest, _ = corpus
     phonemes = PhonemeSet.standard()
     words = [[("k", "a")], [("a:",), ("s", "u")], [("i",)], [("N", "o"), ("e",)], []]
-    write_targets(tmp_path, [phonemes.encode(row) for row in words], phonemes)
+    write_targets(tmp_path, [phonemes.encode(row) for row in words], phonemes, manifest)
     targets = TargetStore(tmp_path)
     assert targets.labeled_rows.tolist() == [0, 1, 2, 3]
     assert targets.words(3) == [("N", "o"), ("e",)]
@@ -144,8 +144,27 @@ def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
     )
 
 
-def test_empty_target_file_is_rejected(tmp_path):
-    write_targets(tmp_path, [[1]], PhonemeSet.standard())
+def test_targets_for_another_manifest_are_rejected(corpus, tmp_path):
+    manifest, _ = corpus
+    (tmp_path / "other").mkdir()
+    write_manifest(
+        tmp_path / "other" / "manifest.arrow", [manifest[row] for row in reversed(range(len(manifest)))]
+    )
+    other = Manifest(tmp_path / "other" / "manifest.arrow")
+    write_targets(tmp_path, [[2]] * len(manifest), PhonemeSet.standard(), manifest)
+    targets = TargetStore(tmp_path)
+    targets.check(manifest)
+    with pytest.raises(DataError, match=r"different manifest.*stage=targets"):
+        targets.check(other)
+    (tmp_path / "header.json").unlink()  # as in earlier versions
+    targets.check(other)
+    write_targets(tmp_path, [[2]] * 2, PhonemeSet.standard(), manifest)
+    with pytest.raises(DataError, match="different manifest"):
+        TargetStore(tmp_path).check(manifest)
+
+
+def test_empty_target_file_is_rejected(corpus, tmp_path):
+    write_targets(tmp_path, [[1]], PhonemeSet.standard(), corpus[0])
     (tmp_path / "symbols.npy").write_bytes(b"")
     with pytest.raises(DataError, match="stage=targets"):
         TargetStore(tmp_path)
