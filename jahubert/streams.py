@@ -59,6 +59,15 @@ def check_current_folder() -> None:
         ) from error
 
 
+def current_folder_error() -> UserError | None:
+    """Return an error if the current folder was deleted, which is then the cause of other errors."""
+    try:
+        check_current_folder()
+    except UserError as error:
+        return error
+    return None
+
+
 def is_output_error(error: OSError) -> bool:
     """Return whether writing to standard output raised the error. Errors of files contain the file name."""
     return error.filename is None and error.errno in (errno.EPIPE, errno.EBADF, *DISK_FULL)

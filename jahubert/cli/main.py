@@ -44,7 +44,13 @@ from jahubert.errors import (
     printable,
 )
 from jahubert.inference import writers
-from jahubert.streams import check_current_folder, failed_output, is_output_error, open_standard_streams
+from jahubert.streams import (
+    check_current_folder,
+    current_folder_error,
+    failed_output,
+    is_output_error,
+    open_standard_streams,
+)
 
 if TYPE_CHECKING:
     from jahubert.cli.feature_files import FeatureFiles
@@ -698,5 +704,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if is_output_error(error):
             return failed_output(error)
-        print_error(message_of(error))
-        return exit_status(error)
+        cause = current_folder_error() or error
+        print_error(message_of(cause))
+        return exit_status(cause)

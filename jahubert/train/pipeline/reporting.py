@@ -17,7 +17,7 @@ from jahubert.errors import (
     printable,
     shorten,
 )
-from jahubert.streams import failed_output, is_output_error
+from jahubert.streams import current_folder_error, failed_output, is_output_error
 from jahubert.train.pipeline.signals import received_signal
 
 INTERRUPTED = 130  # exit status after SIGINT
@@ -30,6 +30,8 @@ def report_error(error: BaseException) -> int:
     status, message = 1, ""
     reported = isinstance(error, JahubertError) and error.reported
     signal_name = received_signal()
+    if not isinstance(error, JahubertError | KeyboardInterrupt):
+        error = current_folder_error() or error
     if signal_name:
         status = Stopped.exit_status
         message = f"received {signal_name}: finished work is kept; rerun the same command to resume"

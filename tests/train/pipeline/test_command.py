@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from jahubert import run
 from jahubert.cli.main import main as cli
+from jahubert.train.pipeline import command
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,20 @@ def test_only_errors_that_output_can_raise_are_reported_for_standard_output(numb
     assert done.returncode == status
     assert ("standard output" in done.stderr) == (number in (errno.ENOSPC, errno.EBADF))
     assert (done.stderr == "") == (number == errno.EPIPE)
+
+
+def test_folder_that_is_deleted_during_a_run_is_reported(tmp_path, monkeypatch, capsys):
+    def delete_folder(argv):
+        folder.rmdir()
+        os.getcwd()
+
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(command, "_run", delete_folder)
+    assert run.main([]) == 2
+    error = capsys.readouterr().err
+    assert "current folder" in error and error.count("\n") == 1
 
 
 BROKEN = """
