@@ -64,7 +64,7 @@ SETS = {
 CALIBRATION = "dev_cv"  # split for the calibration of confidences
 NGRAM = "ngram"  # name of the decoding with the n-gram
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
-# Folders of the stages whose outputs are packed.
+# Folders of the stages whose outputs are needed for packing.
 FINISHED = (
     "prepare",
     *(f"systems/main/{stage}" for stage in ("finetune", f"decode-{NGRAM}", f"score-{NGRAM}")),
@@ -151,7 +151,7 @@ def decode_with_ngram(overrides: list[str]) -> int:
 
 
 def check_finished(exp: Path) -> None:
-    """Raise DataError if a stage whose output is packed is not finished or one of its files is damaged."""
+    """Raise DataError if a stage in `FINISHED` is not finished or one of its files is damaged."""
     for stage in FINISHED:
         if not (exp / stage / DONE).exists():
             raise DataError(

@@ -75,6 +75,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     test_real. `data` is the corpus of the `tofugu` recipe.
 
     Raises:
+        ConfigError: options of the words are inconsistent, or a package for neural voices is not installed.
         DataError: a corpus is not found or unusable.
         MissingExtraError: librosa or, for synthetic voices, pyopenjtalk-plus is not installed.
     """

@@ -5,8 +5,8 @@ or `clips.tsv` with the columns file and speaker. Recordings are converted to 16
 
 The splits train, dev_cv and test_cv share neither speakers nor sentences. Sentences that differ only in
 punctuation or character widths count as equal. The speakers of test_cv and dev_cv are drawn at random,
-determined by the seed, from those with a client id and 5 to 70 recordings. A name that starts with `block` is
-not a client id, but was guessed from neighboring file names.
+determined by the seed, from those with a client id and 5 to 70 recordings. A speaker label that starts with
+`block` is not a client id, but was guessed from neighboring file names.
 
 Each utterance of test_cv has two copies with the same text: one over a simulated telephone line (`telephone`)
 in test_cv_phone, and one with pink noise (`noisy`) in test_cv_noise. The training augmentation has similar
@@ -72,7 +72,8 @@ def sentences(
         held_out: sentences in other test sets, which are excluded from training and development.
 
     Raises:
-        DataError: the table is not found, a row has no file, text or speaker, or there are too few speakers.
+        DataError: the table is not found or not UTF-8, a row has no file, text or speaker, or there are too
+            few speakers.
     """
     rows = read_rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
     split_of = _split_speakers(rows, config, seed)
@@ -125,7 +126,7 @@ def at_speed(item: Utterance, speed: float, folder: Path) -> Utterance:
 
 
 def telephone(wave_T: np.ndarray) -> np.ndarray:
-    """Simulate the public telephone network: 300 to 3400 Hz, 8-bit mu-law coding (ITU-T G.711).
+    """Simulate the public telephone network: 300 to 3400 Hz, and 8-bit mu-law coding similar to ITU-T G.711.
 
     The band has linear slopes from 200 to 300 and from 3400 to 3600 Hz. The peak is set to half of full scale
     before coding.
@@ -200,8 +201,8 @@ def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> di
     wanted = config.test_speakers + config.dev_speakers
     if len(candidates) < wanted:
         raise DataError(
-            f"test_speakers + dev_speakers must be at most {len(candidates)}, the number of speakers with "
-            f"{_FEWEST_CLIPS} to {_MOST_CLIPS} recordings; found {wanted}"
+            f"test_speakers + dev_speakers must be at most {len(candidates)}, the number of speakers with a "
+            f"client id and {_FEWEST_CLIPS} to {_MOST_CLIPS} recordings; found {wanted}"
         )
     drawn = random.Random(f"common voice speakers {seed}").sample(candidates, wanted)
     splits = dict.fromkeys(clips, "train")

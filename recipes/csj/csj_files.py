@@ -222,7 +222,7 @@ def read_list(name: str | Path) -> list[str]:
 
 
 def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, str]:
-    """Assign talks to train, dev, eval1, eval2 or eval3, omitting talks outside the subset.
+    """Assign talks to train, dev, eval1, eval2 or eval3. Talks that belong to none of them are omitted.
 
     Args:
         talks: all talks found in the corpus folder.
@@ -231,8 +231,8 @@ def assign_sets(talks: Mapping[str, Talk], subset: str, dev: str) -> dict[str, s
             training data are used for development.
 
     Raises:
-        DataError: a talk is in two sets, or the list `subset` is missing or contains a talk that is held out
-            or was not found.
+        DataError: a talk is in two sets, or the list `subset` is missing, repeats a talk, or contains a talk
+            that is held out or was not found.
     """
     held = held_out(dev)
     if subset in ("core", "all"):
@@ -278,7 +278,7 @@ def held_out(dev: str) -> dict[str, str]:
 
 
 def _read_training_list(subset: str, talks: Mapping[str, Talk], held: Mapping[str, str]) -> set[str]:
-    """Read a list of training talks. Raise DataError if it contains held-out or missing talks."""
+    """Read a list of training talks. `assign_sets` describes the errors."""
     path = expand_user(subset)
     if not path.exists():
         matches = difflib.get_close_matches(subset, ("core", "all"), n=1)

@@ -85,7 +85,7 @@ class TalkCheck:
     # Problems in the orthography, which does not affect the phones.
     text_problems: list[str] = field(default_factory=list)
     rejected: Rejected | None = None  # the reason, if the whole talk is unusable
-    duplicates: list[Rejected] = field(default_factory=list)  # identical copies of the files, not used
+    duplicates: list[Rejected] = field(default_factory=list)  # identical copies of files, which are not used
 
 
 def check_talk(talk: Talk, options: TagOptions) -> TalkCheck:
@@ -121,7 +121,7 @@ def _missing(talk: Talk) -> Rejected:
 
 
 def read_talk(talk: Talk, work: Path, options: TalkOptions) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of a talk that passed `check_talk`, by channel, without assigning a split."""
+    """Yield the utterances and rejected items of a talk that passed `check_talk`, without setting splits."""
     transcript = read_transcript(talk)
     if transcript is None:
         yield _missing(talk)

@@ -1,8 +1,8 @@
 """Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8).
 
 A transcript is a list of segments, the timed units of the corpus: speech between pauses of at least 0.2 s.
-The words of a segment contain tags. In SDB and XML, they are short unit words; in TRN, they are phrases
-(bunsetsu). A malformed line, which `Word.problem` describes, affects only the segments to which it may
+The words of a segment are short unit words in SDB and XML, and phrases (bunsetsu) in TRN. They may contain
+tags. A malformed line, which `Word.problem` describes, affects only the segments to which it may
 belong.
 """
 
@@ -68,7 +68,7 @@ def read_sdb(path: Path) -> list[Segment]:
     """Read the segments of an SDB file in file order, with interleaved channels in dialogues.
 
     Raises:
-        DataError: no line has a time, or the lines belong to another talk.
+        DataError: the file cannot be read, no line has a time, or the lines belong to another talk.
     """
     segments: dict[tuple[str, str], Segment] = {}
     latest: dict[str, Segment] = {}  # channel -> its last segment
@@ -129,7 +129,7 @@ def read_trn(path: Path) -> list[Segment]:
     """Read the segments of a TRN (Form1) file, whose words are phrases.
 
     Raises:
-        DataError: no line has a time, or the header names another talk.
+        DataError: the file cannot be read, no segment has a usable time, or the header names another talk.
     """
     segments: list[Segment] = []
     numbers: dict[tuple[str, str], int] = {}  # (segment, channel) -> line
@@ -195,7 +195,7 @@ def _check_times(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def _is_event(orthography: str) -> bool:
-    """Return whether a word consists only of events, whose pronunciation may be missing."""
+    """Return whether a word is empty or consists only of events, whose pronunciation may be missing."""
     return not _EVENTS.sub("", orthography).strip()
 
 
@@ -219,7 +219,7 @@ def read_xml(path: Path) -> XmlTranscript:
     """Read the segments and phone times of an XML file.
 
     Raises:
-        DataError: the file is not well-formed XML, has no segment, or contains another talk.
+        DataError: the file cannot be read, is not well-formed XML, has no segment, or contains another talk.
     """
     reader = _XmlReader(path)
     try:

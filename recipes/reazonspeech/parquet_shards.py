@@ -2,8 +2,8 @@
 
 Recordings in compressed parquet pages cannot be read by byte range. They are therefore copied once, without
 decoding, to an uncompressed tar file. An Arrow file next to the tar file contains the name, caption, byte
-range and length of each recording, so the tar file need not be read again. A shard is converted again if
-the size or modification time of its parquet file changes.
+range and number of samples of each usable recording, so the tar file need not be read again. A shard is
+converted again if the size or modification time of its parquet file changes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Shard:
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """Return the parquet shards in the first folder with any: `data`/<subset>, `data` or `data`/data."""
+    """Return the parquet shards in the first folder that has any: `data`/<subset>, `data` or `data`/data."""
     for folder in (data / subset, data, data / "data"):
         paths = sorted(folder.glob("*.parquet"))
         if shards := [path for path in paths if not is_sidecar(path)]:
@@ -67,10 +67,10 @@ def find_parquet(data: Path, subset: str) -> list[Path]:
 
 
 def to_tar(shard: Path, folder: Path) -> Shard:
-    """Convert a shard to a tar file in `folder`, unless an earlier run did so.
+    """Convert a shard to a tar file in `folder`, unless it has not changed since it was converted.
 
     Raises:
-        DataError: the shard is not parquet, or has no audio or caption column.
+        DataError: the shard cannot be read, is damaged or not parquet, or has no audio or caption column.
     """
     tar, table_path = folder / f"{shard.stem}.tar", folder / f"{shard.stem}.arrow"
     status = shard.stat()
@@ -135,7 +135,8 @@ def _copy_recordings(shard: Path, archive: BinaryIO) -> pa.Table:
 def _unique_names(stem: str, paths: list[str | None], names: set[str]) -> list[str]:
     """Return the member names of the next rows, and add them to `names`.
 
-    A row without a path is named after its row number, which is also added to a path that occurred before.
+    A row without a path is named after its row number. If a path occurred before, the name consists of the
+    row number and the file name.
     """
     new = []
     for row, path in enumerate(paths, len(names)):
@@ -195,7 +196,7 @@ def _octal(value_N: np.ndarray, n_digits: int) -> np.ndarray:
 
 
 def _flac_samples(data_B: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
-    """Read the numbers of samples from FLAC headers. The result is 0 for audio that is not 16 kHz FLAC."""
+    """Read the numbers of samples from FLAC headers. Unknown numbers, and audio in other formats, give 0."""
     n_samples_N = np.zeros(len(start_N), np.int64)
     row_M = np.flatnonzero(length_N >= FLAC_HEAD)
     head_MB = data_B[start_N[row_M, None] + np.arange(FLAC_HEAD)]
@@ -208,7 +209,7 @@ def _flac_samples(data_B: np.ndarray, start_N: np.ndarray, length_N: np.ndarray)
 
 
 def _measure_others(table: pa.Table, tar: Path) -> tuple[pa.Table, list[list[str]]]:
-    """Determine the lengths of recordings without a 16 kHz FLAC header.
+    """Determine the lengths of recordings whose numbers of samples are 0.
 
     Returns:
         The usable rows, and [name, reason, detail] of each unusable recording.

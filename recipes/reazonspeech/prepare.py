@@ -2,7 +2,7 @@
 
 The recipe reads `tsv/<subset>.tsv` (name, tab, caption; no header) and `data/000.tar` ... `data/fff.tar` as
 downloaded, or the parquet files from the Hugging Face Hub. Tar shards are not unpacked, because the manifest
-contains byte ranges. Captions are stored as text, which stage=targets converts to phones and pretraining
+contains byte ranges. Captions are stored as text, which stage=targets converts to labels and pretraining
 ignores.
 """
 
@@ -49,7 +49,7 @@ class Config:
     dev: int = 1000  # number of utterances in the dev split, from the start of the corpus
     test: int = 100  # number of utterances in the test split, which follow those of the dev split
     processes: int = 0  # number of processes that index tar shards; 0: one per core
-    # Maximum fraction of damaged shards, and of unusable recordings and table rows in the other shards. A
+    # Maximum fraction of damaged shards, and maximum fraction of other unusable recordings and table rows. A
     # larger fraction ends the run. A single damaged shard or unusable recording is accepted, unless
     # max_broken is 0.
     max_broken: float = 0.05
@@ -64,12 +64,13 @@ class Config:
 def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterator[Utterances | Rejected]:
     """Yield recordings with ids `<shard>/<name>` and rejected items, shard by shard.
 
-    The members of each tar shard are stored in `work/index`, and converted parquet shards in `work/shards`.
-    An interrupted run can therefore be resumed, and if shards are added, only these are read.
+    The index of each tar shard is stored in `work/index`, and converted parquet shards in `work/shards`. An
+    interrupted run can therefore be resumed, and if shards are added, only these are read.
 
     Raises:
-        DataError: the table of the subset or all of its shards are missing, or too many shards or recordings
-            are unusable.
+        DataError: no release is found (see `find_release`), all shards of the subset are missing, a file
+            cannot be read, or too many shards or recordings are unusable.
+        JahubertError: a process that indexes shards failed.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
         yield from _prepare_parquet(parquet, work, config)
@@ -140,7 +141,7 @@ def _convert(parquet: Path, folder: Path) -> Shard | Rejected:
 
 
 def _find_copies(parquet: Sequence[Path]) -> Iterator[Rejected]:
-    """Yield the files whose content is that of a file with a shorter name, as after a second download."""
+    """Yield duplicate files, e.g. from a second download. The file with the shortest name is kept."""
     by_size: dict[int, list[Path]] = {}
     for path in sorted(filter(is_file, parquet), key=lambda path: (len(path.name), path)):
         size = read_reliably(path.stat, path).st_size
@@ -165,7 +166,7 @@ class _Limit:
     def count(self, rejected: Sequence[Rejected], n_usable: int = 0, shard: str = "") -> Iterator[Rejected]:
         """Count and yield rejected items, usually all those of one shard.
 
-        If too many captions of a shard have no audio, the shard itself is yielded as well.
+        If too many captions of an otherwise intact shard have no audio, the shard itself is yielded as well.
 
         Raises:
             DataError: too many shards are damaged.
@@ -223,13 +224,15 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     """
     if data is None:
         raise DataError(
-            "data= is required: the reazonspeech recipe needs data=FOLDER with tsv/*.tsv and data/*.tar"
+            "data= is required: the reazonspeech recipe needs data=FOLDER with tsv/*.tsv and data/*.tar, or "
+            "with parquet files"
         )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if len(releases) != 1:
         contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(
-            f"{data}: found {contents}; set data= to the folder of one release, with tsv/*.tsv and data/*.tar"
+            f"{data}: found {contents}; set data= to the folder of one release, with tsv/*.tsv and "
+            "data/*.tar, or with parquet files"
         )
     tables = _tables(releases[0])
     copies = [path for path in _table_files(releases[0]) if path.stem == subset]

@@ -26,7 +26,7 @@ from jahubert.prefetch import usable_cores
 from jahubert.train.experiment.script_processes import ScriptProcess, run_job
 
 VERSION = 1
-_MAX_NAME = 1 << 20  # bytes; length of an entry that contains a long name
+_MAX_NAME = 1 << 20  # bytes; maximum length of an entry that contains a long name
 _BLOCK = 512  # bytes; headers and contents in a tar file start at multiples of this
 FLAC_HEAD = 26  # bytes from the start of a FLAC file to the end of the sample count
 _RATE = 16_000
@@ -44,6 +44,7 @@ def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterat
     Raises:
         DataError: a shard cannot be read.
         JahubertError: a process failed; the message contains its output.
+        OSError: a shard does not exist, or an index cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in shards if _read_index(shard, folder) is None]
@@ -180,7 +181,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _flac_samples(head: bytes) -> int:
-    """Read the number of samples from a FLAC header, or return 0 if the file is not 16 kHz FLAC."""
+    """Read the number of samples from a FLAC header. Return 0 if it is unknown or the rate is not 16 kHz."""
     if len(head) < FLAC_HEAD or head[:4] != b"fLaC" or head[4] & 0x7F:
         return 0
     numbers = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, sample size 5, samples 36
@@ -188,7 +189,7 @@ def _flac_samples(head: bytes) -> int:
 
 
 def measure(shard: Path, offset: int, length: int) -> tuple[int, str]:
-    """Determine the length of audio that is not 16 kHz FLAC.
+    """Determine the length of audio that has no 16 kHz FLAC header, or one without the number of samples.
 
     Returns:
         The length in 16 kHz samples and "", or 0 and the reason if the audio is unusable.
@@ -217,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
     if part is None or int(part[1]) > int(part[2]):
-        parser.error(f"--part {args.part}: expected a form such as 1/4 ... 4/4")
+        parser.error(f"--part {args.part}: expected a part such as 2/4, from 1/4 to 4/4")
     shards = sorted(args.shards.glob("*.tar"))[int(part[1]) - 1 :: int(part[2])]
     if not shards:
         parser.error(f"{args.shards}: no shards such as 000.tar in part {args.part}")

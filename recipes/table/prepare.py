@@ -2,7 +2,7 @@
 
 `data` is a csv, tsv, jsonl or parquet file, a Common Voice release, a Kaldi data directory, an ESPnet dump, a
 lhotse cut manifest, or a folder of audio files with .txt or .lab files (table_sources.py). If the input
-defines no dev or test split, some of the training speakers are assigned to it.
+has no dev or test split, some training speakers are assigned to the missing split.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _TOLERANCE = SAMPLE_RATE // 10  # samples by which an end time may exceed the le
 @dataclass(frozen=True)
 class Config:
     dev_share: float = 0.1  # fraction of the training utterances to use as dev, if the input has no dev split
-    test_share: float = 0.1  # fraction of the training utterances to use as test, if there is no test split
+    # Fraction of the training utterances to use as test, if the input has only train and dev splits.
+    test_share: float = 0.1
     # Maximum length of an utterance in seconds. A longer recording is cut at pauses if it has no text. A
     # longer recording with text is rejected, because its words cannot be assigned to the parts.
     max_seconds: float = 30.0
@@ -62,7 +63,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     """Yield the utterances in the input and the rejected rows, and log the size of each split.
 
     Raises:
-        DataError: the input is unsupported or malformed, or too many rows are rejected.
+        DataError: the input is missing, unsupported or malformed, or too many rows are rejected.
     """
     if data is None:
         raise DataError("data= is required: the table recipe needs data=PATH of a table or a corpus folder")

@@ -43,7 +43,8 @@ def read_recordings(rows: Sequence[Row], max_samples: int, folder: Path) -> dict
     """Determine the lengths of recordings, and convert recordings that cannot be read in parts, in parallel.
 
     A recording that is used in parts is converted to 16 kHz FLAC if its parts cannot be read by seeking,
-    because the whole file would be decoded for each part. Existing copies are kept.
+    because otherwise the whole file would be decoded for each part. Audio far above full scale is not
+    converted. Existing copies are kept.
 
     Args:
         max_samples: maximum length of an utterance. Longer recordings without text are used in parts.
@@ -88,8 +89,8 @@ def _read(
     path: Path, rows: Sequence[Row], max_samples: int, folder: Path, stop: threading.Event
 ) -> Recording | str:
     try:
-        # For some formats, determining the length takes as long as decoding, so it is omitted if a row has a
-        # start, which always makes it a part.
+        # For some formats, determining the length takes as long as decoding. The length is not needed here if
+        # a row has a start, because this row is always a part.
         n_samples = None if any(row.start > 0 for row in rows) else _length(path)
         is_whole = n_samples is not None and not any(_is_part(row, n_samples, max_samples) for row in rows)
         if not is_whole and not read_reliably(lambda: is_seekable(path), path):

@@ -1,7 +1,7 @@
 """Input readers for the table recipe: tables, corpus folders, and manifests from other toolkits.
 
-All readers yield `Row` objects. A row with a problem becomes a `Rejected` that names the file and line. A
-problem with a whole file, such as a missing column, raises a DataError.
+All readers yield `Row` objects. A row with a problem becomes a `Rejected` that names the file and, except for
+audio folders, the line. A problem with a whole file, such as an unknown type, raises a DataError.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def read_rows(data: Path, work: Path) -> Iterator[Row | Rejected]:
 def read_table(
     path: Path, folder: Path | None = None, split: str = "", work: Path | None = None
 ) -> Iterator[Row | Rejected]:
-    """Read a csv, tsv, jsonl or parquet file.
+    """Read a csv, tsv, jsonl or parquet file. A .json file is read as jsonl.
 
     Args:
         path: the table.
@@ -302,7 +302,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
             if len(raw) == _MAX_LINE:
                 raise DataError(
                     f"{path}:{number}: the line does not end within {_MAX_LINE} bytes; check that the file "
-                    "is a table"
+                    "is a text file"
                 )
             text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             yield number, text.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
@@ -477,7 +477,8 @@ def unique_ids(rows: Iterable[Row], root: Path) -> Callable[[Row], str]:
     """Create a function that returns the id of a row.
 
     The id of a row that has none is the file name without its ending. If these names are not unique, the id
-    is the relative path without the ending, followed by the times if the row has an end time.
+    is the path without the ending, relative to `root` if the file is below it, followed by the times if the
+    row has an end time.
     """
     rows = list(rows)
     stems = [row.path.stem for row in rows if not row.id]

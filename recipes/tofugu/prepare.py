@@ -45,7 +45,7 @@ _FADE = SAMPLE_RATE // 200  # number of samples for fading in and out, which avo
 class Config:
     dev_share: float = 0.05  # fraction of the distinct readings in dev
     test_share: float = 0.10  # fraction of the distinct readings in test
-    # Number of joined utterances that contain a given training word. 0: no joined training data.
+    # Maximum number of joined utterances that contain the same training word. 0: no joined training data.
     uses: int = 2
     min_seconds: float = 2.0  # minimum length of a joined utterance
     max_seconds: float = 12.0  # maximum length of a joined utterance

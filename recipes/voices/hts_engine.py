@@ -116,7 +116,7 @@ class HtsEngine:
             raise JahubertError("the HTS engine rejected the labels")
 
     def _speech(self) -> np.ndarray:
-        """Return the generated samples as int16 (T,), which the engine writes only to a file."""
+        """Return the generated samples as int16 (T,). The engine can only write them to a file."""
         libc = ctypes.CDLL(None)
         libc.fopen.restype, libc.fopen.argtypes = _HANDLE, (ctypes.c_char_p, ctypes.c_char_p)
         libc.fclose.argtypes = (_HANDLE,)

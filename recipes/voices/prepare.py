@@ -1,9 +1,9 @@
-"""Synthetic corpus of many speakers, whose voices are mixtures of Open JTalk's HTS voices.
+"""Synthetic corpus of many speakers, whose voices are mixtures of HTS voices.
 
 The recipe uses the voices in a folder and the voice of pyopenjtalk-plus. A speaker is a random mixture of one
 or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone
 times are exact, because they are the state durations of the engine. Sentences come from a file and from the
-word lists of the `demo` recipe.
+word lists of the `demo` recipe. Speech of a neural model can be added (neural.py).
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ _FURIGANA = re.compile(r"\([ぁ-ゖァ-ヺー]+\)")
 
 @dataclass(frozen=True)
 class Config:
-    texts: str | None = None  # file with one sentence per line, which may have the form ID:漢字(かんじ),カナ
-    # Files with sentences to exclude, either with one sentence per line or .tsv with a column text.
+    # File of sentences: .tsv with a column text, or one sentence per line (also ID:漢字(かんじ),カナ).
+    texts: str | None = None
+    # Files of sentences to exclude, in the same formats.
     exclude: tuple[str, ...] = ()
-    own_share: float = 0.25  # fraction of the utterances whose sentences come from the demo recipe
-    minutes: float = 60.0  # total duration of all splits
+    # Fraction of the sentences from the demo recipe. After those of `texts`, all come from the demo recipe.
+    own_share: float = 0.25
+    minutes: float = 60.0  # total duration of all splits, without neural_minutes
     dev_share: float = 0.03  # fraction of the minutes in dev
     test_share: float = 0.05  # fraction of the minutes in test
     speakers: int = 200  # number of speakers in train; dev and test each have other speakers, a tenth as many
@@ -119,8 +121,10 @@ def prepare(
 
     Raises:
         ConfigError: a package for the neural voices is not installed.
-        DataError: voices cannot be used (see `find_voices`), or a file with sentences cannot be read.
+        DataError: voices cannot be used (see `find_voices` and `neural.synthesize`), or a file with sentences
+            cannot be read.
         MissingExtraError: pyopenjtalk-plus is not installed.
+        JahubertError: an engine or a process failed.
     """
     if config.neural_minutes:
         neural.check_installed()
@@ -185,8 +189,9 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
     """Group the voices in a folder and the voice of pyopenjtalk-plus into sets of mixable voices.
 
     Raises:
-        DataError: the folder is missing or has no voices, a file is not an HTS voice, or two voices have the
-            same file name.
+        DataError: the folder is missing or has no voices, a file cannot be read or is not an HTS voice, or
+            two voices have the same file name.
+        MissingExtraError: pyopenjtalk-plus is not installed.
     """
     if folder and not is_folder(folder):
         raise DataError(f"{folder}: folder not found; set data= to a folder with HTS voices (*.htsvoice)")
@@ -209,7 +214,7 @@ def find_voices(folder: Path | None) -> list[list[Voice]]:
 
 
 def draw_speaker(groups: Sequence[Sequence[Voice]], config: Config, key: str) -> Speaker:
-    """Draw a random speaker, determined by `key` and the voices.
+    """Draw a random speaker, determined by `key`, the voices and the ranges in `config`.
 
     The probability of a group of voices is proportional to the square root of its size, because the voices
     in a large group are styles of a few people.
@@ -280,7 +285,7 @@ def _utterance(
 
     Raises:
         DataError: the text has no words, or letters without a reading.
-        JahubertError: the phones in the engine's labels differ from the phones of the text.
+        JahubertError: the phones in the labels differ from those of the text, or the engine failed.
     """
     features = analyze(text)
     words = features_to_words(features)

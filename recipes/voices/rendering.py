@@ -1,4 +1,4 @@
-"""Synthesis of the audio files of utterances, in several processes.
+"""Synthesis of the audio files of utterances, in several processes if there are many.
 
 The processes run this file. They import neither torch nor the text front end, because the parameters of an
 utterance (`Line`) include the labels of its sentence.
