@@ -92,7 +92,7 @@ class SharedMemoryError(UserError):
 
 
 class StaleError(UserError):
-    """Raised if an existing output was created with different settings or by a different engine."""
+    """Raised if an existing output does not match the run, for example in its settings or engine."""
 
 
 class BusyError(UserError):

@@ -19,7 +19,7 @@ DEPTH = 100  # number of levels of nested settings
 EXPANSION = 4  # number of tensor bytes per byte of the file
 GZIP_EXPANSION = 100  # number of decompressed bytes per byte of a gzip file; text needs 3 to 40
 GZIP_BYTES = 16 << 20  # decompressed size of a gzip file that is allowed regardless of GZIP_EXPANSION
-STREAM_BYTES = 4 << 30  # size of a recording from a pipe; 37 h of 16-bit mono audio at 16 kHz
+STREAM_BYTES = 4 << 30  # size of a recording from a pipe or non-seekable stream; 37 h of 16-bit, 16 kHz mono
 CONVS = 64  # number of layers in the front end
 LAYERS = 512  # number of Transformer blocks
 

@@ -22,8 +22,9 @@ BOUNDARY = "|"
 BLANK = "<blank>"
 
 # Spelling of each consonant before a, i, u, e and o. `phones_to_kana` uses the whole table, so that it can
-# spell every output of a recognizer. `kana_to_phones` uses only the entries that are a single kana, to which
-# `_single_kana` adds the kana that are not in the table; `_syllable` handles combinations with small kana.
+# spell every output of a recognizer. `kana_to_phones` uses only the entries that are a single kana.
+# `_single_kana` replaces the entry of ヂ and adds the kana that are not in the table; `_syllable` handles
+# combinations with small kana.
 _SPELLING = {
     "": "ア イ ウ エ オ",
     "k": "カ キ ク ケ コ",
@@ -216,7 +217,8 @@ _WORDS = (
 # Verbs with readings that no noun has. Other verbs are distinguished from nouns by their surface form: 追う
 # from 王, 酔う from 用.
 _VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
-# Kanji -> regular expression for readings whose initial vowel is not merged with a preceding vowel.
+# Kanji -> regular expression for the start of its readings, whose first vowel is not merged with a preceding
+# vowel.
 _KANJI_STARTS = {
     "売": "ウリ|ウル",
     "打": "ウチ|ウツ",
@@ -261,8 +263,8 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
     Args:
         reading: reading in kana, as in a dictionary.
         surface: the word as written, which resolves ambiguous readings (おう is オー in 王 but オウ in 追う).
-            The final う of a verb and the first vowel of some kanji readings (such as 売 and 音) are not
-            merged with a preceding vowel.
+            The final う of a verb, and the first vowel in the readings of some kanji (such as 売 and 音), are
+            not merged with a preceding vowel.
     """
     text = to_katakana(reading.strip())
     for pattern, replacement in _WORDS:
@@ -344,10 +346,10 @@ class PhonemeSet:
         """Convert words to labels, with a boundary between words if the set has one, skipping empty words.
 
         Args:
-            words: the phones of each word.
+            words: the symbols (phones or characters) of each word.
 
         Raises:
-            DataError: a phone is not in the set, or is the blank or the boundary.
+            DataError: a symbol is not in the set, or is the blank or the boundary.
         """
         labels: list[int] = []
         for word in words:
@@ -363,7 +365,7 @@ class PhonemeSet:
         return labels
 
     def decode(self, labels: Sequence[int]) -> list[tuple[str, ...]]:
-        """Convert labels to words (tuples of phones), dropping blanks and empty words.
+        """Convert labels to words (tuples of symbols), dropping blanks and empty words.
 
         Raises:
             DataError: a label is out of range.

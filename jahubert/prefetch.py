@@ -39,8 +39,9 @@ def prefetch(
     Args:
         n: number of items to process ahead of the consumer.
         defer: function that returns whether to postpone an item. It is called in a background thread before
-            the item is processed, and again whenever the consumer takes a result. An item that is still
-            postponed when the consumer reaches it is processed in the thread of the consumer.
+            the item is processed. For a postponed item, it is called again whenever the consumer takes a
+            result. An item that is still postponed when the consumer reaches it is processed in the thread of
+            the consumer.
 
     Yields:
         Pairs (item, result) in order. If `function` raises an exception for an item, the consumer gets the

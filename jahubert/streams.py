@@ -49,7 +49,7 @@ def open_standard_streams() -> None:
 
 
 def check_current_folder() -> None:
-    """Raise UserError if the current folder was deleted, because libraries fail without it."""
+    """Raise UserError if the current folder cannot be accessed, for example because it was deleted."""
     try:
         os.getcwd()
     except OSError as error:
@@ -69,13 +69,13 @@ def current_folder_error() -> UserError | None:
 
 
 def is_output_error(error: OSError) -> bool:
-    """Return whether writing to standard output raised the error. Errors of files contain the file name."""
+    """Return whether an error comes from writing to standard output. File errors contain a file name."""
     return error.filename is None and error.errno in (errno.EPIPE, errno.EBADF, *DISK_FULL)
 
 
 def failed_output(error: OSError) -> int:
-    """Return the exit status for an error of standard output, and report errors other than a closed pipe."""
-    # Otherwise, Python would report the error of standard output again at exit.
+    """Return the exit status after an error on standard output, and report it unless a pipe was closed."""
+    # Otherwise, Python would fail to flush standard output at exit, and report a second error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE

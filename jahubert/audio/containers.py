@@ -43,8 +43,7 @@ def split(source: AudioBytes) -> list[Part]:
     """Return the streams in a file. Most files contain only one.
 
     Raises:
-        AudioError: the file is shorter than its header states, its structure is damaged, or unknown content
-            follows its samples.
+        AudioError: the file is truncated, its structure is damaged, or unknown content follows its samples.
     """
     name, file, size = source
     whole = [Part(0, size)]

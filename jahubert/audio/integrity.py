@@ -1,8 +1,8 @@
 """Detection of truncated files and wrong FLAC lengths, which libsndfile accepts without an error.
 
-In some rare formats, libsndfile reads a truncated file as a shorter one and reports the truncation only in
-its log. It stops reading a FLAC stream at the sample count in the header, even if more frames follow. The
-headers of IRCAM, PAF and PVF files state no length, so their truncation cannot be detected.
+In some rare formats, libsndfile reads a truncated file as a shorter one, and reports this at most in its log.
+It stops reading a FLAC stream at the sample count in the header, even if more frames follow. The headers of
+IRCAM, PAF and PVF files state no length, so their truncation cannot be detected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import BinaryIO
 import soundfile
 
 _MAX_STATED = 1 << 40  # bytes; programs that write to a pipe state larger or negative sizes
-# Lines in libsndfile's log about a truncated file.
+# Lines in libsndfile's log from which truncation is detected.
 _TRUNCATED = re.compile(r"truncated file|File seems to be truncated")
 _SIZE = re.compile(r"^ ?\w{4} : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _FRAMES = re.compile(r"\b(?:Frames|Cols)\s*: (\d+)")

@@ -54,8 +54,8 @@ def load_audio(
         n_samples: number of samples to return, at 16 kHz. Fewer are returned at the end of the audio.
 
     Raises:
-        AudioError: the source is missing, empty, truncated or not audio, or has NaN or infinite samples; or
-            an argument is invalid.
+        AudioError: the source cannot be read or decoded, is truncated, has no samples in the requested range,
+            or has NaN or infinite samples; or an argument is invalid.
     """
     if start < 0 or (n_samples is not None and n_samples < 0):
         raise AudioError(f"start and n_samples must not be negative, but are {start} and {n_samples}")
@@ -137,7 +137,7 @@ def is_seekable(source: str | os.PathLike[str] | AudioSource | BinaryIO) -> bool
     """Return whether `load_audio` seeks to the requested part of a file instead of decoding the whole file.
 
     Raises:
-        AudioError: as for `audio_length`.
+        AudioError: the source cannot be opened as audio.
     """
     with _open(source) as (_, decoders):
         return _reads_by_seeking(decoders)

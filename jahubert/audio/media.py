@@ -33,7 +33,7 @@ _FORMATS = (  # (offset, magic bytes, name of the format)
 # First bytes of files that libsndfile opens only if it supports the codec inside.
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
 _TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # ffmpeg's messages about truncated files
-_SLACK_SECONDS = 0.25  # maximum by which the decoded audio may be shorter than stated
+_SLACK_SECONDS = 0.25  # maximum number of seconds by which decoded audio may be shorter than stated
 INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
 
 
@@ -239,7 +239,7 @@ class FfmpegDecoder(_MediaDecoder):
             yield samples.reshape(-1, self.channels)
         status = self.process.wait()
         self.reader.join()
-        # ffmpeg exits with status 0 even for truncated files.
+        # ffmpeg may exit with status 0 even for truncated files.
         if status != 0 or _TRUNCATED.search(b"".join(self.errors)):
             raise self._failed("ffmpeg failed")
 

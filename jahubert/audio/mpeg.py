@@ -77,14 +77,14 @@ class _Window:
 
 @dataclass
 class Stream:
-    """Consecutive frames with the same encoding parameters."""
+    """Consecutive frames of the same MPEG version, layer and sampling rate."""
 
     start: int  # position of the first byte of the stream
     end: int  # position after the last frame
     n_frames: int  # number of frames, excluding the header frame
     n_samples: int  # number of samples per channel in a frame
     tagged: bool  # whether a header frame states the length correctly
-    prefix: bytes  # header frame to prepend if the stream has no correct one, otherwise empty
+    prefix: bytes  # header frame to prepend if layer 3 lacks a correct one, otherwise empty
 
     @property
     def min_frames(self) -> int:
@@ -151,8 +151,8 @@ def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
 def _next_frame(data: _Window, position: int) -> int:
     """Return the position of the next frame, or -1 if there is none.
 
-    As bytes in other data may resemble a frame header, a frame counts only if another frame with the same
-    parameters, a tag or the end of the file follows directly.
+    As bytes in other data may resemble a frame header, a frame counts only if another frame of the same
+    `kind`, a tag or the end of the file follows directly.
     """
     while 0 <= position < len(data):
         position = _skip_tags(data, position)
@@ -226,7 +226,7 @@ def _parse_bits(bits: int) -> _Header | None:
 
 
 def _stated_frames(data: _Window, position: int, header: _Header) -> int | None:
-    """Return the number of frames that the header frame at `position` states, or None if there is none."""
+    """Return the number of frames stated by a header frame at `position`, or None if none is stated there."""
     if header.kind[1] != 3:
         return None
     frame = data[position : position + min(header.length, 64)]

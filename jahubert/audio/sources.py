@@ -46,8 +46,8 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
     Pipes, streams and byte ranges are read into memory.
 
     Raises:
-        AudioError: the source is missing, unreadable, empty or a device, the byte range is outside the file,
-            or the stream is a text stream or exceeds the size limit.
+        AudioError: the source is missing, unreadable, empty, a folder, a device or a text stream; the byte
+            range is outside the file; or a pipe or non-seekable stream exceeds the size limit.
     """
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "the stream"))

@@ -108,8 +108,8 @@ def encode_stream(
 ) -> Iterator[Tensor]:
     """Encode the blocks (T,) of one waveform chunk by chunk, and yield frames (S, ...) on the CPU.
 
-    The concatenated frames equal the result of `encode_all` up to rounding. Only one chunk and one block are
-    in memory at a time. Nothing is yielded for audio shorter than one frame.
+    The concatenated frames equal the result of `encode_all` with the same chunks, up to rounding. Only one
+    chunk and one block are in memory at a time. Nothing is yielded for audio shorter than one frame.
     """
     for chunk in chunks(blocks, grid, chunk_seconds):
         if chunk.end > chunk.keep:
@@ -140,7 +140,7 @@ def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
 
 
 def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Group pairs, which are sorted by length, into batches of up to `BATCH_SECONDS` or of one chunk."""
+    """Group pairs, which are sorted by falling length, into batches of one chunk or up to `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
     for pair, length in zip(pairs, lengths, strict=True):

@@ -1,7 +1,7 @@
 """Confidence of recognized words, calibrated on a development set.
 
-The confidence of a word is the estimated probability that it is correct. It is a logistic function of the
-mean and the minimum of the log-probabilities of the word's labels in the forced alignment.
+The confidence of a word is the estimated probability that it is correct. With a calibration, it is a logistic
+function of the mean and the minimum of the log-probabilities of the word's labels in the forced alignment.
 """
 
 from __future__ import annotations

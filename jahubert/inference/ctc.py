@@ -1,7 +1,7 @@
 """CTC decoding: greedy search, prefix beam search and forced alignment.
 
-All three functions take plain tensors and are independent of the phoneme set. The result for a row does not
-depend on the batch, because frames beyond `n_frames_B` are never used.
+All three functions take plain tensors and are independent of the phoneme set. The searches never use frames
+beyond `n_frames_B`, so the result for a row does not depend on the batch.
 
 Shapes: B rows, S frames, V symbols, K beam, C columns (V, or more with a lexicon), N = K * C candidates.
 """
@@ -28,7 +28,8 @@ class Hypothesis:
     """A label sequence without blanks, and the natural logarithm of its CTC probability.
 
     Greedy search scores a single path, whereas beam search sums over all paths kept in the beam. With fusion,
-    the score includes the language model score. With a lexicon, `words` contains the words as written there.
+    the score includes the language model score and the word bonus. With a lexicon, `words` contains the words
+    as written there.
     """
 
     labels: tuple[int, ...]
@@ -119,8 +120,9 @@ def beam_search(
         fusion: language model, lexicon or both, which affect the ranking at every frame.
 
     Returns:
-        The best `n_best` hypotheses of each row, best first, or fewer if fewer sequences are possible. With a
-        lexicon, an incomplete last word is dropped if no hypothesis in the beam ends with a complete word.
+        The best `n_best` hypotheses of each row, best first, or fewer if the final beam contains fewer. With
+        a lexicon, hypotheses that end within a word are omitted. If all do, the best one is returned without
+        its incomplete last word.
 
     Raises:
         DataError: a log-probability in a valid frame is NaN.

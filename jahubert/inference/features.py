@@ -41,8 +41,8 @@ class LayerFeatures(nn.Module):
             By default, layers are stacked and not summed.
 
     Raises:
-        ConfigError: the model lacks a layer, the sequence of layers is empty, or the weights do not match
-            the layers.
+        ConfigError: the model lacks a layer, the sequence of layers is empty, or the weights are invalid or
+            do not match the layers.
     """
 
     def __init__(
@@ -193,11 +193,11 @@ class FeatureExtractor:
     def __call__(self, audio: Any, sample_rate: int | None = None) -> Any:
         """Extract the features of one recording, or a list of features for a list of recordings.
 
-        The result for a recording does not depend on other recordings in the list.
+        The result for a recording does not depend on other recordings in the list, except for rounding.
 
         Args:
-            audio: any input of `load_audio`, or a list of them.
-            sample_rate: sampling rate of arrays in Hz (default: 16,000).
+            audio: an input of `load_audio`, or a list of inputs.
+            sample_rate: sampling rate of arrays in Hz (default: the rates in `audio`, or 16,000).
         """
         if is_recording(audio):
             return self.encode([load_audio(audio, sample_rate)])[0]
@@ -214,8 +214,8 @@ class FeatureExtractor:
         """Extract the features of many recordings in order, while decoding the next ones in the background.
 
         Args:
-            audio: files or arrays.
-            sample_rate: sampling rate of arrays in Hz (default: 16,000).
+            audio: inputs of `load_audio`.
+            sample_rate: sampling rate of arrays in Hz (default: the rates in `audio`, or 16,000).
             batch_seconds: seconds of audio at which a batch is complete. A batch has at most 32 recordings.
             errors: "return" yields the exception for a failed recording in its place and continues.
         """
@@ -276,7 +276,7 @@ class UnitExtractor:
         centroids_KD: k-means centroids.
 
     Raises:
-        CheckpointError: the dimensions of centroids and features differ.
+        CheckpointError: the centroids are not a matrix, or differ in dimension from the features.
     """
 
     def __init__(self, features: FeatureExtractor, centroids_KD: Tensor):
@@ -299,7 +299,7 @@ class UnitExtractor:
         if bundle.centroids_KD is None or bundle.centroid_layer is None:
             raise CheckpointError(
                 f"{name} has no centroids, so it cannot extract units; use a bundle with centroids, which "
-                "the stage label writes, or extract features with FeatureExtractor"
+                "the label stage writes, or extract features with FeatureExtractor"
             )
         return cls(FeatureExtractor(bundle.model, bundle.centroid_layer, **options), bundle.centroids_KD)
 

@@ -61,6 +61,9 @@ class Fusion(ABC):
         lm_weight: factor for the log-probability of the language model.
         word_bonus: score added per word with a lexicon, otherwise per symbol.
 
+    Raises:
+        ConfigError: the weight or bonus is not finite.
+
     Attributes:
         start: the initial state.
         blank, boundary: columns of the blank and of the word boundary (-1 if the head has no boundary).
@@ -108,7 +111,8 @@ class SymbolFusion(Fusion):
     """Fusion with an n-gram model over symbols: phones or kana (with `|` between words), or characters.
 
     Raises:
-        DataError: most tokens of the model, by their unigram probabilities, are not symbols of the head.
+        ConfigError: the weight or bonus is not finite.
+        DataError: the symbols of the head have less than half of the model's unigram probability.
     """
 
     def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float = 1.0, word_bonus: float = 0.0):
@@ -222,6 +226,7 @@ class LexiconFusion(Fusion):
     before the first word and after the last one.
 
     Raises:
+        ConfigError: the weight or bonus is not finite.
         DataError: the n-gram contains none of the words.
     """
 
@@ -325,7 +330,7 @@ def _end_logp(model: NGram, state_R: np.ndarray) -> np.ndarray:
 
 
 def _report_unknown(model: NGram | None, names: Sequence[str], kind: str) -> None:
-    """Log how many names the model lacks, as a warning if it lacks more than 5 %."""
+    """Log how many names the model lacks (more than 5 %: a warning), unless it lacks none or all of them."""
     unknown = [name for name in names if model is not None and name not in model.index]
     if 0 < len(unknown) < len(names):
         log.log(
@@ -342,7 +347,7 @@ def load_fusion(
     lm_weight: float = 0.5,
     word_bonus: float = 0.0,
 ) -> Fusion | None:
-    """Read a language model and a lexicon for `beam_search`.
+    """Read a language model, a lexicon or both for `beam_search`.
 
     Args:
         symbols: the symbols of the CTC head.

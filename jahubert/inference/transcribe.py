@@ -76,7 +76,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A recording whose beginning has been read: one chunk if it is short, otherwise two."""
+    """A recording whose beginning has been read: one chunk if it is short, two if not, none on an error."""
 
     head: list[Chunk]
     rest: Iterator[Chunk]  # chunks that are still to be read
@@ -157,7 +157,7 @@ class Transcriber:
     """CTC speech recognizer: `Transcriber.from_pretrained("bundle/").transcribe("a.wav")`.
 
     Args:
-        model: encoder with a CTC head, which is set to eval mode and moved to `device`.
+        model: encoder with a CTC head, which is set to eval mode and moved to `device`; int8 uses a copy.
         phonemes: symbols of the head.
         beam: width of the beam search.
         device: device of the model (default: a GPU if available).
@@ -167,8 +167,8 @@ class Transcriber:
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16 if
             the hardware supports it, otherwise float32.
         lm: path of an ARPA file with an n-gram model over the symbols, or over the words in `lexicon` if
-            given. Without a lexicon, `from_pretrained` uses the n-gram of the model if it has one, unless
-            lm=None.
+            given. If neither `lm` nor a lexicon is given, `from_pretrained` uses the n-gram of the model, if
+            it has one, with the weight and bonus stored there; lm=None prevents this.
         lexicon: path of a file of the words to recognize, with one word and its symbols per line.
         lm_weight: factor for the log-probability of the language model (default: 0.5).
         word_bonus: score added per word, or per symbol without a lexicon (default: 0).
@@ -279,7 +279,7 @@ class Transcriber:
 
         Args:
             audio: any input of `load_audio`.
-            sample_rate: sampling rate of an array in Hz (default: 16,000).
+            sample_rate: sampling rate of an array in Hz (default: the rate in `audio`, or 16,000).
         """
         (transcript,) = self.transcribe_many([audio], sample_rate)
         assert isinstance(transcript, Transcript)  # errors="raise"
@@ -301,9 +301,9 @@ class Transcriber:
         are not loaded as a whole.
 
         Args:
-            audio: files or arrays. Up to 16 further items are taken from an iterator before the transcript of
-                an item is yielded.
-            sample_rate: sampling rate of arrays in Hz (default: 16,000).
+            audio: inputs of `load_audio`. Items of an iterator are taken in advance: those of the current
+                batch, and up to 16 more.
+            sample_rate: sampling rate of arrays in Hz (default: the rates in `audio`, or 16,000).
             batch_seconds: seconds of audio at which a batch of short recordings is complete.
             errors: "return" yields the exception for a failed recording in its place and continues.
             progress: function that is called with the seconds of audio completed since the last call.
@@ -347,7 +347,7 @@ class Transcriber:
             return _Opened([], iter(()), error)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Compute log-probabilities (S, V) for 16 kHz waveforms (T,) of any length, in float32 on the CPU."""
+        """Return float32 log-probabilities (S, V) on the CPU for 16 kHz waveforms (T,) of any length."""
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):
@@ -537,7 +537,7 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration:
 
 
 def _report_no_speech(name: str, n_samples: int, window: int, peak: float) -> None:
-    """Log a warning if a recording without detected speech is too short or not silent."""
+    """Log a warning if a recording without detected speech is shorter than a frame or not silent."""
     if 0 < n_samples < window:
         seconds = (n_samples / SAMPLE_RATE, window / SAMPLE_RATE)
         log.warning("%s: %.4f s of audio is less than a frame (%.3f s)", name or "the audio", *seconds)

@@ -42,7 +42,7 @@ _PITCH = (80.0, 420.0, 250.0, 3000.0)  # range of the pitch, and frequency band 
 _PITCH_WINDOW, _PITCH_FFT = 640, 1024  # samples; lags of up to 1024 - 640 do not wrap around
 _VOTES = 4  # a frame is speech if at least one in _VOTES of its windows votes for it
 MARGIN = 12  # number of frames added before and after speech for quiet consonants and CTC spikes
-_BLOCK = 256  # number of frames to transform at once; the temporaries of more frames do not fit in the cache
+_BLOCK = 256  # number of frames to transform at once; temporary tensors for more would not fit in the cache
 _TINY = 1e-13  # added power, which keeps logarithms and quotients finite
 _SUPPRESSED = -1e4  # log-probability of phones outside speech
 

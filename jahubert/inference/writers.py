@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # A subtitle cue ends at a pause, or before it becomes too long to read.
 CUE_PAUSE = 0.6  # minimum length of such a pause in seconds
-CUE_LENGTH = 7.0  # maximum duration of a cue in seconds
-CUE_KANA = 40  # maximum number of characters in a cue
+CUE_LENGTH = 7.0  # maximum duration of a cue with more than one word, in seconds
+CUE_KANA = 40  # maximum number of characters, not counting spaces, in a cue with more than one word
 CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, unless the next cue starts earlier
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -170,7 +170,7 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {
     "textgrid": (".TextGrid", textgrid),
     "audacity": (".labels.txt", audacity),
 }
-# Formats that contain either kana or phonemes. All other formats contain both.
+# Formats that contain either the text of words or their phonemes. All other formats contain both.
 SINGLE_SPELLING = ("text", "srt", "vtt", "audacity")
 
 
@@ -178,7 +178,7 @@ def render(transcript: Transcript, format: str, phonemes: bool = False) -> str:
     """Render the transcript in one of `FORMATS`.
 
     Args:
-        phonemes: whether to write phonemes instead of kana in formats that contain only one of them.
+        phonemes: whether to write phonemes instead of the text of words in the formats of `SINGLE_SPELLING`.
 
     Raises:
         ConfigError: the format is unknown.
@@ -207,7 +207,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace kana with phonemes, and add a boundary after each word except the last in a segment."""
+    """Replace the text of words with phonemes, and add `boundary` to all words but the last in a segment."""
     words = []
     for index, word in enumerate(transcript.words, start=1):
         spelling = " ".join(word.phonemes)
