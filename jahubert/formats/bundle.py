@@ -235,7 +235,10 @@ def load_bundle(source: str | os.PathLike[str]) -> Bundle:
     bundle.language_model = _language_model(path, raw.info)
     recorded = raw.info.get("weights")
     if recorded and "files" not in raw.info and recorded != weights_hash(bundle.model):
-        raise CheckpointError(f"{path}: the weights do not match the hash in {INFO}; copy the bundle again")
+        raise CheckpointError(
+            f"{path}: the weights do not match the hash in {INFO}; copy the bundle again, or delete the "
+            f"field `weights` of {INFO} if the change was intended"
+        )
     return bundle
 
 
