@@ -64,7 +64,7 @@ def require(condition: object, message: str) -> None:
 
 
 def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
-    """Run a command without the variables PYTHON* and VIRTUAL_ENV*, and capture its output."""
+    """Run a command in UTF-8 mode without other PYTHON* or VIRTUAL_ENV* variables, and capture its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(part) for part in command]
     return subprocess.run(

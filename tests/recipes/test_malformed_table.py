@@ -1,7 +1,7 @@
 """Tests of malformed tables: one malformed row is rejected with its file and line, and many end the run.
 
 Most tests damage a corpus of 20 recordings in one place. Damage to one row must reject that row, and damage
-to the whole input must end the stage with an error of one sentence that names the file.
+to the whole input must end the stage with a one-sentence error message that names the file.
 """
 
 from __future__ import annotations

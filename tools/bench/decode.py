@@ -10,9 +10,9 @@ added. The symbol n-gram (order 6) and the word n-gram (order 3, with a lexicon 
 other random sentences. flashlight reads the n-grams from ARPA files through KenLM.
 
 `at least as good` is the fraction of utterances for which the exact score of jahubert's answer (CTC
-probability by `ctc_loss`, plus the weighted n-gram) is not lower than the score of flashlight's answer. Both
-decoders sum over the alignments of a label sequence. Without flashlight (`pip install flashlight-text kenlm`,
-Python up to 3.12), only jahubert is timed.
+probability by `ctc_loss`, plus the weighted n-gram and the word bonus, if any) is not lower than that of
+flashlight's answer. Both decoders sum over the alignments of a label sequence. Without flashlight
+(`pip install flashlight-text kenlm`, Python up to 3.12), only jahubert is timed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def random_sentences(words: dict[str, tuple[str, ...]], n: int, rng: np.random.G
 
 
 def log_probs(labels: list[list[int]], n_frames: int, seed: int) -> Tensor:
-    """Create peaked log-probabilities (B, S, V), with as many of the labels as fit into the frames."""
+    """Create peaked log-probabilities (B, S, V) for the labels, at most one per four frames."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(len(labels), n_frames, len(SYMBOLS), generator=generator)
     for row, sequence in enumerate(labels):
@@ -173,7 +173,7 @@ def flashlight(task: Task, folder: Path, beam: int) -> Callable[[Tensor], list[A
 
 
 def exact_scores(logp_BSV: Tensor, answers: list[Answer], task: Task) -> Tensor:
-    """Compute the CTC log-probability of the labels plus the n-gram score, for each answer."""
+    """Compute the CTC log-probability of each answer, plus the weighted n-gram score and the word bonus."""
     n_B = torch.tensor([len(labels) for labels, _ in answers])
     target = torch.tensor([label for labels, _ in answers for label in labels], dtype=torch.long)
     frames = torch.full((len(answers),), logp_BSV.shape[1])

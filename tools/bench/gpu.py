@@ -8,10 +8,10 @@ The script requires torch, numpy, safetensors, soundfile and soxr. transformers 
 for comparison if they can be imported. The device tests require pytest. The device tests and the sections
 engine, labels, kmeans and compiled require the extra `train`. Sections whose packages are missing, and
 sections that are expected to end after `--minutes`, are listed as skipped. Steps of all models are
-interleaved in one process, and times are medians. Memory is the peak above the memory of weights, gradients
-and optimizer state. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s of a large
-matrix product in the same run. The column "goal" contains the project's goals, which are lower or upper
-limits. A list of all goals, including those that were not measured, follows the table. The JSON file is
+interleaved in one process, and their times are medians. Memory is the peak above the memory of weights,
+gradients and optimizer state. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s of
+a large matrix product in the same run. The column "goal" contains the project's goals, which are lower or
+upper limits. A list of all goals, including those that were not measured, follows the table. The JSON file is
 written after each section. The exit status is 1 if a section or a device test failed.
 """
 
@@ -148,7 +148,7 @@ def large(report: Report, run: Settings) -> None:
 def kernels(
     report: Report, run: Settings, trainer: pretrain_step.Trainer, batch: pretrain_step.Batch
 ) -> None:
-    """Profile the CUDA time of jahubert's training step by kernel group, or by operator on a CPU."""
+    """Profile jahubert's training step by group of GPU kernels, or of operators on a CPU."""
 
     def same_step() -> float:
         torch.manual_seed(1)  # layer drop selects the same blocks

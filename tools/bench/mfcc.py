@@ -80,7 +80,7 @@ def peer() -> tuple[str, Callable[[Tensor], Tensor]]:
 
 
 def waveforms(seconds: float) -> list[Tensor]:
-    """Generate waveforms of 2 to 15 s of noise with a sinusoidal envelope, `seconds` in total."""
+    """Generate waveforms of 1 to 15 s of noise with a sinusoidal envelope, about `seconds` in total."""
     rng, wavs = np.random.default_rng(0), []
     while seconds > 0:
         n_samples = int(SAMPLE_RATE * min(max(seconds, 1.0), rng.uniform(2, 15)))

@@ -5,14 +5,14 @@
     python tools/checks/fault_sweep.py --only label pretrain --faults kill ENOSPC
 
 A task is a stage of a tiny experiment or a command that writes files (see `small_experiment.py`). Each task
-first runs without faults, which counts its file operations (create, write, sync, rename and delete, by any
-library). The task then runs in an empty folder once for each operation and fault: at this operation, the
-process is killed or the operation fails. With `--points N`, there are only N runs, with evenly spaced
-operations and the faults in turn. Unless the failed operation is optional, the task must end with a message
-without a traceback, and for a full disk (ENOSPC) with exit status 1. The task is then rerun and must succeed,
-or refuse an output that is already complete. All files must then equal those of the run without faults, and
-no temporary files may remain. The script prints the results for each task and exits with status 1 if any run
-differs. The script requires Linux and a C compiler.
+first runs without faults, which counts its file operations (for example create, write, sync, rename and
+delete, by any library). The task then runs in an empty folder once for each operation and fault: at this
+operation, the process is killed or the operation fails. With `--points N`, there are only N runs, with evenly
+spaced operations and the faults in turn. Unless the failed operation is optional, the task must end with a
+message without a traceback, and for a full disk (ENOSPC) with exit status 1. The task is then rerun and must
+succeed, or refuse an output that is already complete. All files must then equal those of the run without
+faults, and no temporary files may remain. The script prints the results for each task and exits with status 1
+if any run differs. The script requires Linux and a C compiler.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
 Every case runs a command in a forked process with a limit on time and memory. The kinds are: models (a
 damaged file of a bundle, or of a fairseq or torchaudio checkpoint), texts (a damaged table, manifest, Kaldi
 or fairseq file, lexicon, n-gram, text or dictionary) and settings (random settings and options). The command
-must succeed or end with exit status 2 and a short message without a traceback, and must write only to its own
-folder. The script prints all other outcomes, and its exit status is 1 if there are any. A case depends only
-on its kind, the seed and its number. The script requires Linux.
+must succeed or end with exit status 2 and a short message without a traceback, must write only to its own
+folder, and must not print control characters. The script prints all other outcomes, and its exit status is 1
+if there are any. A case depends only on its kind, the seed and its number. The script requires Linux.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def write_audio(folder: Path) -> list[Path]:
 
 
 def write_models(exp: Path, folder: Path) -> list[Path]:
-    """Write models of all formats, without checksums, so that damage is not detected at once."""
+    """Write models in several formats, without checksums, so that damage is not detected at once."""
     folder.mkdir()
     write_model(exp, folder / "asr")
     shutil.copytree(exp / "iter2" / "label" / "bundle", folder / "units")

@@ -180,7 +180,7 @@ def damage_model_file(path: Path, rng: random.Random) -> None:
 
 
 def write_texts(folder: Path, audio: list[Path]) -> dict[str, list[str]]:
-    """Write one valid file of each kind below `folder`, and return a command that reads each file.
+    """Write one valid file of each kind below `folder`, and return the command that reads each file, by name.
 
     In the commands, FILE stands for the file, ROOT for a copy of `folder`, and OUT for an output folder.
     """

@@ -3,10 +3,10 @@
     python tools/checks/kaldi_csj.py /path/to/kaldi
 
 The transcripts are random SDB files in the format of the corpus. Kaldi's scripts (egs/csj/s5) are run
-unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv.
-If the utterances of the csj recipe with `join=kaldi` do not have the same times and phones, the exit status
-is 1. Words to which Kaldi's conventions assign other phones are in a separate row and do not affect the exit
-status.
+unchanged from the given checkout, which is not part of this repository, and require perl and nkf or iconv. If
+the utterances of the csj recipe with `join=kaldi` do not have the same times and phones as Kaldi's, the exit
+status is 1. Words to which Kaldi's conventions assign other phones are in a separate row and do not affect
+the exit status.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def main() -> int:
     print("| segments | Kaldi | jahubert | same times | same times and phones |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         env = dict(os.environ)
-        if shutil.which("nkf") is None:  # a script replaces nkf with iconv
+        if shutil.which("nkf") is None:  # it is replaced by a script that runs iconv
             nkf = Path(name, "nkf")
             nkf.write_text('#!/bin/sh\niconv -f CP932 -t UTF-8 "$3" | tr -d "\\r"\n')
             nkf.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Check of the stages that read audio, with a small or full /dev/shm.
+"""Check of the stages that read audio in worker processes, with a small or full /dev/shm.
 
     python tools/checks/shared_memory_sweep.py
     python tools/checks/shared_memory_sweep.py --workers 2 --only label

@@ -3,10 +3,10 @@
     python tools/checks/signal_sweep.py            # SIGTERM and SIGINT in every stage
     python tools/checks/signal_sweep.py --in-turn  # one signal per stage, in turn
 
-Opening the first input file (audio, if the stage reads audio) is delayed by 1.5 seconds, during which the
-process receives the signal. The process must end within 30 seconds, with status 75 (or 130 after SIGINT) and
-without a traceback. The stage is then rerun, and all files must equal those of an uninterrupted run. The
-exit status of the script is 1 if any run differs. The script requires Linux.
+Opening an input file, which is named in `FIRST_INPUT` or else is the first audio file, is delayed by 1.5
+seconds, during which the process receives the signal. The process must end within 30 seconds, with status 75
+(after SIGINT: 75 or 130) and without a traceback. The stage is then rerun, and all files must equal those of
+an uninterrupted run. The exit status of the script is 1 if any run differs. The script requires Linux.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def interrupted(job: Job, number: signal.Signals, folder: Path) -> tuple[int, st
         return run.main(overrides_of(job))
 
     sender = os.fork()
-    if not sender:  # this child runs the stage, so that the parent can wait for it
+    if not sender:  # run_child waits for the stage, so it must not run in the process that sends the signal
         os._exit(run_child(work, log) % 256)
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not marker.exists() and time.monotonic() < deadline:

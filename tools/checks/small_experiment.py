@@ -1,4 +1,4 @@
-"""Tiny experiment for the sweeps in this folder, with all stages and commands that write files.
+"""Tiny experiment for the checks in this folder, with all stages and commands.
 
 The experiment consists of five recordings of one second and a model of width 16, so each stage takes a
 fraction of a second. Stages and commands run in forked children of one process that has imported all modules,
@@ -42,7 +42,7 @@ _TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", 
 
 
 class Task(NamedTuple):
-    """A stage or command that writes files.
+    """A stage or command.
 
     Attributes:
         out: output folder, which does not exist before the first run.

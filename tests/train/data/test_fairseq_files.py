@@ -226,7 +226,7 @@ def test_utterances_that_a_tsv_cannot_represent_are_rejected(corpus, item, probl
 
 
 def test_imported_units_train(corpus):
-    """The test runs the commands in the README of the recipe."""
+    """The test runs the commands in the README of the recipe, with small sizes."""
     folder = exported(corpus)
     settings = [
         f"data={folder}", f"exp={corpus}/exp", "model=tiny", "device=cpu",

@@ -136,7 +136,7 @@ def planned(settings, corpus=CORPUS, machine=ONE):
 
 
 def test_estimates_match_values_computed_by_hand():
-    """The expected values follow from the model and corpus sizes in the paper and from the machine `ONE`."""
+    """The expected values follow from the model and corpus sizes of `PAPER` and from the machine `ONE`."""
     rows = planned(PAPER)
     assert rows["iter1/features"].disk_bytes == 5e6 * 39 * 4
     assert rows["iter1/label"].disk_bytes == 19_000 * 3600 * 50 + 8 * 12_000_000
@@ -231,7 +231,7 @@ def test_gpu_speed_comes_from_the_table(capsys):
     assert made["machine"]["flops_16bit"] == pytest.approx(0.2 * 989e12) and made["machine"]["n_devices"] == 8
     assert made["machine"]["flops_fp32"] == pytest.approx(0.3 * 67e12)
     assert "assumed, not measured" in made["machine"]["source"] and made["corpus"]["hours"] == 19_000
-    # The paper reports 9.5 hours for 100,000 updates on 32 V100s. The estimate may differ by 34 %.
+    # The HuBERT paper reports 9.5 hours for 100,000 updates on 32 GPUs. The estimate may differ by 34 %.
     paper = ["recipe=reazonspeech", "stage=pretrain", "machine=32gpu", "gpu=V100"]
     _, hours = hours_of(capsys, *paper, "pretrain.train.precision=fp16")
     assert hours["iter1/pretrain"] / 2.5 == pytest.approx(9.5, rel=0.34)

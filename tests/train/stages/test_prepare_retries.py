@@ -200,7 +200,10 @@ READERS = [read_csj, read_builtin, read_tofugu, read_voices, read_table, read_fa
 
 @pytest.mark.parametrize("corpus", [*READERS, partial(read_reazonspeech, parquet=True)])
 def test_every_recipe_reads_its_source_again(corpus, delays, tmp_path, monkeypatch):
-    """The first read of every source file fails. The demo recipe is not tested, because it has no source."""
+    """The first read of every source file fails.
+
+    The demo recipe has no source, and the languages recipe uses the reader of the builtin recipe.
+    """
     pytest.importorskip("pyopenjtalk")
     folder = tmp_path / "source"
     folder.mkdir()
