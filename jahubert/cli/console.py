@@ -131,7 +131,8 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
         option: the option that gives the file, for messages.
 
     Raises:
-        ConfigError: the file is a folder or one of the inputs, or its folder is not writable.
+        ConfigError: the name is empty, the path is an input or not a regular file, or its folder is not
+            writable.
     """
     if output == "":
         raise ConfigError(f"{option} is empty; give a file")
@@ -145,7 +146,7 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
 
 
 def _check_folder(folder: Path, given: str) -> None:
-    """Raise ConfigError if a folder can be neither written to nor created. `given` is the option's text."""
+    """Raise ConfigError, with `given` in the message, if a folder can be neither written to nor created."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if existing.is_symlink() and not existing.exists():
         raise ConfigError(f"{given}: {existing} is a broken symbolic link; remove it or give another name")

@@ -44,7 +44,7 @@ def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFil
 
     Raises:
         BusyError: another run is using the folder.
-        ConfigError: the output file already exists, or the folder cannot be created.
+        ConfigError: the output file already exists, or the folder cannot be created or written to.
         DataError: `features.json` is damaged.
         StaleError: the features in the folder were computed with different settings.
     """
@@ -79,7 +79,7 @@ class FeatureFiles:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        self.assembled = False  # whether `finish` has assembled the output from the parts and deleted these
+        self.assembled = False  # whether `finish` has assembled the output and deleted its parts
         record = self.folder / RECORD
         if record.exists():
             recorded = _read_record(record)

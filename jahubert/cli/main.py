@@ -402,7 +402,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def convert_labels(args: argparse.Namespace) -> int:
-    """Export the units in an experiment as training files for fairseq."""
+    """Export the units in the folder of a label stage as training files for fairseq."""
     if args.to != "fairseq":
         raise ConfigError(f"{args.source} contains units, which can only be converted with --to fairseq")
     from jahubert.train.data.fairseq_files import export_experiment

@@ -202,7 +202,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """Return whether `path` is a device, FIFO or socket, or a link in `/dev`, which must not be replaced."""
+    """Return whether `path` must not be replaced: it is a device, FIFO or socket, or is in `/dev`."""
     in_dev = str(path.absolute().parent) == "/dev"
     return in_dev or (path.exists() and not path.is_file() and not path.is_dir())
 
@@ -210,7 +210,7 @@ def _is_special(path: Path) -> bool:
 def _open_locked(temporary: Path) -> int | None:
     """Create or reuse a temporary file, and lock it. Return None if its name is in use.
 
-    Through a link, the content of another file would be overwritten.
+    Links are not opened, because the content of another file would be overwritten.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:

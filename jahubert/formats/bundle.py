@@ -3,7 +3,7 @@
     config.json  model.safetensors  preprocessor_config.json     Hugging Face's layout
     vocab.json                                                  CTC models: symbol -> index
     tokenizer_config.json                                       CTC models of phones
-    jahubert.json                                               format, symbols, centroid layer, checksums
+    jahubert.json                                               format version, symbols, checksums and more
     centroids.safetensors  pretraining_heads.safetensors        if present
     language_model.arpa.gz                                      if present: n-gram over the symbols
     README.md                                                   model card
@@ -103,7 +103,7 @@ class Bundle:
     unit_head: UnitHead | None = None
     centroids_KD: Tensor | None = None
     centroid_layer: int | None = None
-    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of a model file
+    info: dict[str, Any] = field(default_factory=dict)  # content of jahubert.json, or origin of a file
     special_rows: Tensor | None = None  # fairseq's special codebook rows (4, dim), for conversion to fairseq
     notes: list[str] = field(default_factory=list)  # one message per change to the model
     language_model: LanguageModel | None = None  # used by `Transcriber` without its own `lm` or `lexicon`
@@ -134,7 +134,7 @@ def save_bundle(
         info: additional content of jahubert.json.
         special_rows: codebook rows of fairseq's special symbols, stored with `unit_head`.
         language_model: n-gram model that is copied into the bundle.
-        dtype: dtype of the weights in model.safetensors. Readers convert the weights to float32.
+        dtype: dtype of the weights in model.safetensors, which `load_bundle` converts to float32.
 
     Raises:
         ConfigError: no model is given, centroids are given without their layer, or `path` exists and is
@@ -406,7 +406,7 @@ class _SkipRandomInit(TorchFunctionMode):
 
 
 def _verify(folder: Path, info: dict[str, Any]) -> None:
-    """Compare jahubert.json, and the files whose sizes and SHA-256 hashes it records, with their checksums.
+    """Compare jahubert.json with its checksum, and other files with the sizes and hashes recorded in it.
 
     Raises:
         CheckpointError: a file is missing, or its content differs from the record.

@@ -97,7 +97,7 @@ def largest_difference(first: Bundle, second: Bundle) -> float:
 
 
 def _check_target(target: Path, to: str) -> None:
-    """Raise ConfigError if the target cannot be written, before any conversion work."""
+    """Raise ConfigError if the format is unknown, or the target exists, is misnamed or is not writable."""
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
     suffixes = (".onnx",) if to == "onnx" else SUFFIXES
@@ -114,7 +114,7 @@ def _check_target(target: Path, to: str) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Return whether `path` has torchaudio settings without weights, as after an interrupted conversion."""
+    """Return whether `path` has torchaudio settings without weights, left by an interrupted conversion."""
     if path.suffix != ".json" or any(path.with_suffix(suffix).exists() for suffix in SUFFIXES):
         return False
     try:
@@ -146,7 +146,7 @@ def _write_onnx(target: Path, bundle: Bundle) -> float:
 
 
 def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
-    """Write a fairseq or torchaudio file, and return notes on dropped or newly initialized items."""
+    """Write a fairseq or torchaudio file, and return one message per change to the model."""
     parts: dict[str, Any] = {"ctc": bundle.ctc, "phonemes": bundle.phonemes, "unit_head": bundle.unit_head}
     if to == "fairseq":
         notes = write_fairseq(target, bundle.model, special_rows=bundle.special_rows, **parts)

@@ -1,4 +1,4 @@
-"""Reader for HuBERT checkpoints of fairseq and s3prl, and writer for those of fairseq (not a dependency).
+"""Reader for HuBERT checkpoints of fairseq and s3prl, and writer for those of fairseq, without importing it.
 
 A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
 its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one and its settings.

@@ -17,7 +17,8 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
     """Return the file or folder of a model, looking up a Hub name in the cache and on the Hub.
 
     Raises:
-        CheckpointError: the file, folder or name does not exist, or the Hub cannot be reached.
+        CheckpointError: the file, folder or name does not exist, or the model is not in the cache and the Hub
+            cannot be reached.
         MissingExtraError: a Hub name is given, but huggingface_hub is not installed.
     """
     path = _local_path(source)

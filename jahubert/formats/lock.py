@@ -43,12 +43,13 @@ def run_lock(folder: Path) -> Iterator[None]:
                 return
         time.sleep(0.1)  # the other process may only be querying the owner, or be about to finish
     raise BusyError(
-        f"{folder}: locked by another run ({other}); wait for it, or stop it and rerun the same command"
+        f"{folder}: locked by another run ({other or 'unknown process'}); wait for it, or stop it and rerun "
+        "the same command"
     )
 
 
 def lock_owner(folder: Path) -> str | None:
-    """Return a description of the process that holds the lock on a folder, or None."""
+    """Return a description of the process that holds the lock on a folder, or None if none is known."""
     if not (folder / LOCK_NAME).exists():
         return None
     try:

@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that contain the weights of a Hugging Face folder, one file or all shards.
 
     Raises:
-        CheckpointError: the index of the shards is damaged.
+        CheckpointError: the index of the shards is damaged or refers to another folder.
     """
     if (index := weight_index(folder)) is None:
         return [folder / name for name in (SAFE, BIN) if (folder / name).exists()][:1]
@@ -49,10 +49,10 @@ def settings_file(path: Path) -> Path:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files that are read to open a local model (a file or folder), or [] if it is not a model.
+    """Return the files that are read to open a local model, or [] if `path` is no file or model folder.
 
     Raises:
-        CheckpointError: the index of a model in shards is damaged.
+        CheckpointError: as for `weight_files`.
     """
     if path.is_file():
         return [path, settings_file(path)] if _has_settings(path) else [path]

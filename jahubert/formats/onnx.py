@@ -99,7 +99,7 @@ def difference(path: Path, bundle: Bundle) -> float:
 
     The result is NaN if an output is NaN.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it writes files to ~/.cache and sends data
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry writes files to ~/.cache and sends data
     try:
         import onnxruntime
     except ImportError as error:

@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Read a `.safetensors`, `.pt` or `.bin` file. Tensors in pickled files are returned as `Stored`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its content is not a dict.
+        CheckpointError: the file is missing, damaged or not supported, or its content is not a dict.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing; download or copy the folder again")
@@ -159,7 +159,7 @@ def config_field(where: object, field: str, name: str, value: Any) -> Any:
         value: the value to check.
 
     Raises:
-        CheckpointError: the value has another type.
+        CheckpointError: `typed` rejects the value.
     """
     default = HubertConfig.__dataclass_fields__[field].default
     return typed(where, name, value, type(default))
@@ -176,8 +176,8 @@ def fields_from_shapes(
         name_of: function from tensor names in this package to those in the file.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong number of dimensions, or there are too many
-            layers.
+        CheckpointError: a tensor is missing, is empty or has the wrong number of dimensions, or there are too
+            many layers.
     """
 
     def shape(name: str, dims: int) -> torch.Size:
@@ -281,7 +281,8 @@ def count_symbols(where: object, weights: Mapping[str, Tensor], width: int) -> i
     """Return the number of outputs of the CTC head, or None if there is none.
 
     Raises:
-        CheckpointError: the widths of head and encoder differ, or the head has fewer than two outputs.
+        CheckpointError: the weight of the head is not a matrix, the widths of head and encoder differ, or the
+            head has fewer than two outputs.
     """
     if HEAD not in weights:
         return None

@@ -19,8 +19,8 @@ MAX_INT = 2**31 - 1
 _NAMES = {
     bool: "true or false",
     int: "an integer of at most 31 bits",
-    float: "a finite number",
-    str: "text",
+    float: "a finite number (of at most 31 bits if it is an integer)",
+    str: "valid Unicode text",
     tuple: "a list of integers of at most 31 bits",
     list: "a list",
     dict: "an object",

@@ -30,9 +30,9 @@ class _Counts:
     """The distinct n-grams of one order, sorted by context and word.
 
     Attributes:
-        position_N: one position in the text at which each n-gram starts.
+        position_N: one position in the text at which each n-gram starts (unused for unigrams).
         context_N, suffix_N: row, in the counts of the next lower order, of each n-gram without its last word
-            (context) or without its first word (suffix).
+            (context) or without its first word (suffix). For unigrams, all rows are 0.
         count_N: number of occurrences of each n-gram.
     """
 

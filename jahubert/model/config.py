@@ -51,7 +51,7 @@ class HubertConfig:
         for name in ("heads", "pos_conv_groups"):
             parts = getattr(self, name)
             if parts < 1 or self.width % parts:
-                errors.append(f"width {self.width} is not divisible by {name} {parts}")
+                errors.append(f"{name} is {parts}, but must be a positive divisor of width {self.width}")
         if self.conv_norm not in ("group", "layer"):
             errors.append(f"conv_norm is {quote(self.conv_norm)}, but must be 'group' or 'layer'")
         for name in ("layers", "width", "ffn", "pos_conv_kernel", *_CONV_FIELDS):

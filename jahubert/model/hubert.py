@@ -144,7 +144,7 @@ class PositionalConv(nn.Module):
         """Return embeddings (B, S, D) of `x_BSD`, which must be zero after the end of each utterance."""
         n_frames, lower = x_BSD.shape[1], torch.is_autocast_enabled(x_BSD.device.type)
         # Float32 is used, because oneDNN's bfloat16 kernel (torch 2.9.1 and 2.13.0, with AMX) returns wrong
-        # results for groups of 4 to 14 channels, and a GPU would use TF32.
+        # results for groups of 4 to 14 channels.
         with autocast(torch.float32, x_BSD.device):
             y_BDS = self.conv((x_BSD.float() if lower else x_BSD).transpose(1, 2))
         # With an even kernel size, the output has one extra frame.
@@ -307,8 +307,8 @@ class HubertModel(nn.Module):
                 never changes a result.
 
         Raises:
-            AudioError: the shape of the waveforms is not (B, T), an utterance is shorter than one frame, or
-                lengths and waveforms do not match.
+            AudioError: the shape of the waveforms is not (B, T) with B > 0, an utterance is shorter than one
+                frame, or lengths and waveforms do not match.
             ConfigError: a layer number is out of range, or the batch does not fit in `shape`.
         """
         keep_layers = set(keep_layers)

@@ -93,7 +93,7 @@ def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tens
 
 
 def length_list(lengths: Iterable[int] | Tensor) -> list[int]:
-    """Return lengths as a list, which takes a single copy from a GPU."""
+    """Return lengths as a list. A tensor on a GPU is copied once."""
     return [int(length) for length in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
 
 
@@ -103,7 +103,7 @@ def length_mask(length_B: Tensor, width: int) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return `x` unchanged, but multiply its gradient by `scale` in the backward pass."""
+    """Return `x` (up to rounding), and multiply its gradient by `scale` in the backward pass."""
     if scale == 1.0 or not x.requires_grad:
         return x
     return x * scale + x.detach() * (1 - scale)

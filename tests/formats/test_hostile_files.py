@@ -218,7 +218,7 @@ def test_mismatched_weights_are_rejected(folder):
         ({"encoder_ffn_embed_dim": 64}, ["ffn 64, not 96"]),
         ({"encoder_layers": 10**9, "conv_pos": None}, ["layers 1000000000, not 2"]),
         ({"encoder_layers": 10**12}, ["encoder_layers"]),
-        ({"encoder_attention_heads": 5}, ["heads 5"]),
+        ({"encoder_attention_heads": 5}, ["heads is 5"]),
         ({"dropout": "${model.x}"}, ["dropout", "${model.x}"]),
         ({"activation_fn": "relu"}, ["activation_fn", "relu"]),
         ({"layer_type": "conformer"}, ["layer_type", "conformer"]),

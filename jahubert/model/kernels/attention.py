@@ -24,7 +24,7 @@ from jahubert.model.precision import autocast_dtype
 if TYPE_CHECKING:
     from jahubert.model.hubert import Attention
 
-MAX_FLASH_WIDTH = 192  # largest head width for which flash attention has a backward pass on all GPUs
+MAX_FLASH_WIDTH = 192  # largest head width with a flash attention backward pass on all supported GPUs
 CACHED = 2**19  # number of attention weights computed at a time on a CPU, so that they fit in its caches
 
 

@@ -169,7 +169,7 @@ def _blocks(x: Tensor | _Product, n_tiles: int) -> Iterator[tuple[Tensor | _Prod
     """Yield blocks for up to `TILES_AT_ONCE` tiles of output, each with its number of output frames.
 
     If all tiles were processed at once, the first layers would need a hundred times the memory of the output.
-    Each block contains one tile more than its output, because its last frames extend into this tile.
+    Each block contains one tile more than its output, because the last output frames extend into this tile.
     """
     inputs: Sequence[Tensor] = x if isinstance(x, _Product) else [x.unflatten(0, (n_tiles, -1))]
     tensors = [torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])]) for tensor in inputs]
@@ -300,7 +300,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return the number of rows, and the ranges of rows to process in turn, which fit in a CPU's cache."""
+    """Return the number of rows, and the ranges to process in turn, each of which fits in a CPU's cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n

@@ -44,7 +44,7 @@ def disabled() -> Iterator[None]:
 
 
 def is_tracing() -> bool:
-    """Return whether torch.export (used for ONNX), torch.compile or torch.jit.trace traces operations."""
+    """Return whether torch.export (used for ONNX), torch.compile or torch.jit.trace is tracing operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -3,8 +3,8 @@
 The method is overlap-save with windows of twice the kernel size. Each frequency requires one small matrix
 product per group, and the Fourier transforms are matrix products as well. The method takes a quarter of the
 operations of a direct convolution with 128 taps and has smaller rounding errors. It computes in at least
-float32, whereas a GPU's own convolution would use TF32. On a CPU, the direct convolution is used where it is
-faster, that is, in lower precision (autocast) and for short batches.
+float32, whereas by default, a GPU's own convolution uses TF32. On a CPU, the direct convolution is used where
+it is faster, that is, in lower precision (autocast) and for short batches.
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """

@@ -1,7 +1,8 @@
 """Float32 matrix products, computed by oneDNN on AMD processors.
 
 torch computes these products with MKL, which is half as fast as oneDNN on AMD processors with AVX-512
-(`tools/bench/products.py`). On other devices and for other dtypes, the functions call torch's products.
+(`tools/bench/products.py`). On other devices and processors, and for other dtypes and small products, the
+functions call torch's products.
 """
 
 from __future__ import annotations
