@@ -23,8 +23,8 @@ from jahubert.phonemes import VOWELS
 from jahubert.train.data.utterances import read_bytes
 
 _TALK, _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 2, 3, 5, 10  # columns of an SDB file, counted from 0
-_SDB_TIME = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
-_TRN_TIME = re.compile(r"(\d{4,}) (\d+\.\d+)-(\d+\.\d+) ([LR]):.*")
+_SDB_TIME = re.compile(r"(\d+) (\d{1,9}\.\d+)-(\d{1,9}\.\d+) ([LR]):.*")
+_TRN_TIME = re.compile(r"(\d{4,}) (\d{1,9}\.\d+)-(\d{1,9}\.\d+) ([LR]):.*")
 _EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
 UNKNOWN = ""  # symbol of a phone with an unreadable label or time
 # Signs of a wrong encoding: the replacement for bytes that cannot be decoded, and half-width kana.
@@ -317,7 +317,7 @@ class _XmlReader:
     def _time(self, attributes: dict[str, str], key: str) -> int:
         try:
             return _samples(attributes[key])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):  # OverflowError: the time is infinite
             raise DataError(
                 f"{self.path}:{self.parser.CurrentLineNumber}: {key} must be a time in seconds; found "
                 f"{quote(attributes.get(key))}"

@@ -243,6 +243,11 @@ def broken_sdb(root: Path, change) -> Path:
     ("change", "location", "n_lost"),
     [
         (lambda x: [x[0], x[1].replace(b"-", b"~", 1), *x[2:]], "sdb:2: .*a time in column 4", 1),
+        (
+            lambda x: [x[0], x[1].replace(b".", b"9" * 400 + b".", 1), *x[2:]],
+            "sdb:2: .*a time in column 4",
+            1,
+        ),
         (lambda x: [x[0], b"a\tb", *x[2:]], "sdb:2: .*a time in column 4.*no column 4", 1),
         (lambda x: [x[0] + b"\x81\xff", *x[1:]], "", 0),
         (lambda x: [_with_column(x[0], 10, b"\x81\xff"), *x[1:]], "sdb:1: not Shift_JIS", 1),

@@ -77,6 +77,7 @@ def test_sounds_that_are_not_phones_have_no_time(tmp_path):
             lambda text: text.replace('PhoneStartTime="', 'PhoneStartTime="x', 1),
             "PhoneStartTime",
         ),
+        (lambda text: text.replace('PhoneEndTime="', 'PhoneEndTime="9e999" A="', 1), "PhoneEndTime"),
         (lambda text: text.replace("</Talk>", ""), r"not well-formed XML"),
     ],
 )
