@@ -200,10 +200,13 @@ class _Limit:
             raise DataError(self._message(len(self.damaged), self.n_shards, "shards", self.damaged[0]))
 
     def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
+        remedy = "Download the files again"
+        if n < total:
+            limit = f"prepare.options.max_broken (now {self.max_broken})"
+            remedy += f", or increase {limit} to leave out unusable {items}"
         return (
             f"reazonspeech: unusable {items}: {n} of {total}; first problem: {first.id}: {first.reason} "
-            f"({first.detail}). Download the files again, or increase prepare.options.max_broken (now "
-            f"{self.max_broken}) to leave out unusable {items}"
+            f"({first.detail}). {remedy}"
         )
 
 

@@ -165,13 +165,15 @@ def package_folder() -> Path:
 
 
 def _library() -> ctypes.CDLL:
-    modules = sorted(package_folder().glob("htsengine*.so"))
     try:
+        modules = sorted(package_folder().glob("htsengine*.so"))
+        if not modules:
+            raise OSError("no file htsengine*.so")
         library = ctypes.CDLL(str(modules[0]))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, f"HTS_Engine_{name}")
             function.restype, function.argtypes = result, (_HANDLE, *arguments)
-    except (IndexError, OSError, AttributeError) as error:
+    except (OSError, AttributeError) as error:
         message = f"pyopenjtalk-plus in {package_folder()} does not export the HTS engine ({error})"
         raise JahubertError(f"{message}; the voices recipe needs version 0.4.1 on Linux or macOS") from None
     return library
