@@ -160,7 +160,7 @@ def phones_to_kana(phones: Sequence[str]) -> str:
     spelled as if `u` followed.
 
     Raises:
-        DataError: a symbol is not a phone.
+        DataError: a symbol is neither a phone nor `|`.
     """
     out: list[str] = []
     consonant = ""

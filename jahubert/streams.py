@@ -60,7 +60,7 @@ def check_current_folder() -> None:
 
 
 def current_folder_error() -> UserError | None:
-    """Return an error if the current folder was deleted, which is then the cause of other errors."""
+    """Return the error of `check_current_folder`, which may be the cause of other errors, or None."""
     try:
         check_current_folder()
     except UserError as error:

@@ -36,7 +36,7 @@ class Part:
     start: int  # start of the byte range
     length: int  # length of the byte range
     prefix: bytes = b""  # corrected or added header
-    min_frames: int = 0  # minimum number of frames in an intact part after decoding
+    min_frames: int = 0  # minimum number of samples per channel in an intact part after decoding
 
 
 def split(source: AudioBytes) -> list[Part]:

@@ -1,8 +1,8 @@
-"""Parser for MPEG audio files (MP3): frames, tags, and the streams of concatenated files.
+"""Parser for MPEG audio files (MP3, MP2, MP1): frames, tags, and the streams of concatenated files.
 
 Files without a header frame (Xing, Info, VBRI) do not state their length, and decoders guess it from the
-first frame. Concatenated files state only the length of their first part. Scanning the frame headers
-determines the true length in about a hundredth of the time that decoding takes.
+first frame. If files are concatenated, the header frame at the start gives only the length of the first one.
+Scanning the frame headers determines the true length in about a hundredth of the time that decoding takes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Stream:
     n_frames: int  # number of frames, excluding the header frame
     n_samples: int  # number of samples per channel in a frame
     tagged: bool  # whether a header frame states the length correctly
-    prefix: bytes  # header frame to prepend if layer 3 lacks a correct one, otherwise empty
+    prefix: bytes  # header frame to prepend to a layer 3 stream that lacks a correct one, otherwise empty
 
     @property
     def min_frames(self) -> int:

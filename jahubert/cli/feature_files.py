@@ -165,7 +165,7 @@ class FeatureFiles:
         self._remove_parts()
 
     def _remove_parts(self) -> None:
-        """Remove the content of the folder: the sources first, so that no run uses a part of the features."""
+        """Remove everything but the lock, `sources.jsonl` first, so that no run uses an incomplete folder."""
         order = {SOURCES: 0, RECORD: 2, LOCK_NAME: 3}
         for path in sorted(self.folder.iterdir(), key=lambda path: order.get(path.name, 1)):
             if path.is_dir():

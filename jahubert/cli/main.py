@@ -1,10 +1,10 @@
 """Entry point of the `jahubert` command: transcription, features, units, models and experiments.
 
-Results are written to standard output or to the path given with -o, and everything else to standard error.
+Results are written to standard output or to the given path, and everything else to standard error.
 Failed files are reported, and the other files are still processed. The exit status is 0 for success, 2 for an
-error that the user can fix (a missing file, a wrong option), 1 for an internal error or a full disk, 75 if a
-training run was stopped by a signal, 130 after an interrupt, and 141 if the program that reads the output
-ends early.
+error that the user can fix (a missing file, a wrong option), 1 for an internal error or if a disk or shared
+memory is full, 75 if a training run was stopped by a signal, 130 after an interrupt, and 141 if the program
+that reads the output ends early.
 
 Heavy packages are imported only when a command needs them, which keeps `--help` fast.
 """
@@ -578,7 +578,7 @@ def audio_commands(command: Command) -> None:
     lm.add_argument(
         "--lm", metavar="FILE",
         help="n-gram model in ARPA format, over the model's symbols or the words in --lexicon (see jahubert "
-        "ngram; default: the n-gram of the model, if it has one)",
+        "ngram; default without --lexicon: the n-gram of the model, if it has one)",
     )  # fmt: skip
     lm.add_argument("--no-lm", action="store_true", help="do not use the n-gram of the model")
     sub.add_argument(

@@ -159,7 +159,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the temporary path for a file or folder. Concurrent writers add a random suffix to its name."""
+    """Return the temporary path for a file or folder. Writers add a random suffix if the path is in use."""
     return path.with_name(PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:_DIGITS])
 
 

@@ -42,6 +42,6 @@ def open_gzip(raw: BinaryIO, path: Path) -> BinaryIO:
         path: path of the file, for messages.
 
     Raises:
-        DataError: raised by reads once the decompressed size is out of proportion to the compressed size.
+        DataError: raised by reads if the decompressed size exceeds the limit (see `GZIP_EXPANSION`).
     """
     return cast(BinaryIO, io.BufferedReader(_LimitedGzip(raw, path), 1 << 16))

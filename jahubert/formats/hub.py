@@ -39,7 +39,7 @@ def resolve_model(source: str | os.PathLike[str]) -> Path:
 
 
 def check_exists(source: str | os.PathLike[str]) -> None:
-    """Raise the errors of `resolve_model` without reading or downloading weights.
+    """Check that `resolve_model` can find a model, without reading or downloading weights.
 
     For a Hub name that is not in the cache, config.json is downloaded, which shows whether the name exists
     and is accessible.

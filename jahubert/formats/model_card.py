@@ -8,7 +8,7 @@ from typing import Any
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import PhonemeSet
 
-_METRICS = ("wer", "per")  # metrics of fine-tuning on the development set
+_METRICS = ("wer", "per")  # fine-tuning metrics on the development set
 
 
 def model_card(name: str, model: HubertModel, info: dict[str, Any], has_ctc: bool) -> str:

@@ -140,7 +140,7 @@ def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
 
 
 def _batches(pairs: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Group pairs, which are sorted by falling length, into batches of one chunk or up to `BATCH_SECONDS`."""
+    """Group pairs, sorted by descending length, into batches of one chunk or of up to `BATCH_SECONDS`."""
     batch: list[tuple[int, int]] = []
     longest = 0
     for pair, length in zip(pairs, lengths, strict=True):

@@ -55,7 +55,7 @@ class Rows:
 
 
 class Fusion(ABC):
-    """Language model scores for `beam_search`.
+    """Base class of language model and lexicon scores for `beam_search`.
 
     Args:
         lm_weight: factor for the log-probability of the language model.

@@ -111,7 +111,7 @@ class Transcript:
 
     words: tuple[Word, ...]
     duration: float  # duration in seconds
-    score: float  # natural log-probability of all labels, including the score of a language model
+    score: float  # natural log-probability of all labels, plus any language model score and word bonus
     audio: str = ""  # file name, or empty for arrays and streams
     segment_starts: tuple[int, ...] = (0,)  # index of the first word of each segment
 

@@ -207,7 +207,7 @@ def save(
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
-    """Replace the text of words with phonemes, and add `boundary` to all words but the last in a segment."""
+    """Replace the text of words with phonemes, and add `boundary` after all but the last in a segment."""
     words = []
     for index, word in enumerate(transcript.words, start=1):
         spelling = " ".join(word.phonemes)

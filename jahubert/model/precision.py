@@ -22,7 +22,7 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the hardware supports it, otherwise float32, as emulated bfloat16 is slower."""
+    """Return bfloat16 if a CUDA device or CPU supports it in hardware, otherwise float32."""
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(False)  # False excludes emulation
     else:

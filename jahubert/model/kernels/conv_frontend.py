@@ -300,7 +300,7 @@ def _rows(x: Tensor, factor: Tensor | None, width: int, start: int, stop: int) -
 
 
 def _parts(x: Tensor, factor: Tensor | None, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """Return the number of rows, and the ranges to process in turn, each of which fits in a CPU's cache."""
+    """Return the number of rows and the row ranges to process in turn, which on a CPU fit in the cache."""
     unit = BLOCK if factor is None else _tile(x, factor, width)
     n = x.numel() // width if factor is None else len(x) * unit
     step = max(1, CACHED // (width * unit)) * unit if x.device.type == "cpu" else n

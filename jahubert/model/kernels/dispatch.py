@@ -86,7 +86,7 @@ def usable(part: nn.Module) -> bool:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """Return whether a module, apart from its submodules, is as `jahubert.model.hubert` creates it."""
+    """Return whether the kernels can replace a module, not considering its submodules."""
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     for weight in module._parameters.values():
