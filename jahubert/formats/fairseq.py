@@ -41,7 +41,7 @@ from jahubert.formats.state_dict import (
 )
 from jahubert.formats.typed_fields import typed_item
 from jahubert.frames import SAMPLE_RATE
-from jahubert.limits import CONVS
+from jahubert.limits import CONVS, limit
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
@@ -209,6 +209,7 @@ def _config_fields(path: Path, model: dict[str, Any], task: dict[str, Any]) -> d
 
 def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
     """Parse a list that fairseq evaluates as Python code, accepting only lists, tuples, integers, + and *."""
+    most = limit(CONVS)
 
     def build(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -221,7 +222,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
             return build(node.left) + build(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             layers, times = build(node.left), build(node.right)
-            if isinstance(layers, list) and isinstance(times, int) and len(layers) * times <= CONVS:
+            if isinstance(layers, list) and isinstance(times, int) and len(layers) * times <= most:
                 return layers * times
         raise ValueError
 
@@ -229,7 +230,7 @@ def _parse_conv_layers(path: Path, text: Any) -> list[tuple[int, int, int]]:
         if not isinstance(text, str) or len(text) > 10_000:
             raise ValueError
         layers = build(ast.parse(text.strip(), mode="eval").body)
-        if not isinstance(layers, list) or not 0 < len(layers) <= CONVS:
+        if not isinstance(layers, list) or not 0 < len(layers) <= most:
             raise ValueError
         for layer in layers:
             if len(layer) != 3 or not all(type(n) is int and 0 < n < 2**31 for n in layer):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle, weights_hash
+from jahubert.formats.fairseq import write_fairseq
 from jahubert.formats.safe_pickle import Record, read_pickled
 from jahubert.formats.state_dict import encoder_shapes
 from jahubert.limits import VARIABLE
@@ -100,6 +101,20 @@ def test_limits_can_be_raised(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "many")
     with pytest.raises(ConfigError, match=VARIABLE):
         read_pickled(tmp_path / "a.pt")
+
+
+def test_limit_on_layers_of_the_front_end_can_be_raised(tmp_path, monkeypatch):
+    base = KINDS["base"]
+    config = replace(
+        base,
+        conv_dims=base.conv_dims + base.conv_dims[-1:] * 60,
+        conv_kernels=(*base.conv_kernels, *[1] * 60),
+        conv_strides=(*base.conv_strides, *[1] * 60),
+    )
+    write_fairseq(tmp_path / "model.pt", HubertModel(config))
+    assert_rejected(tmp_path / "model.pt", VARIABLE)
+    monkeypatch.setenv(VARIABLE, "2")
+    assert load_bundle(tmp_path / "model.pt").config.conv_strides == config.conv_strides
 
 
 # --- damage -----------------------------------------------------------------------------------------------
