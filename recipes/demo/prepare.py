@@ -97,6 +97,7 @@ def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utter
     Raises:
         ConfigError: durations or shares are out of range.
         MissingExtraError: pyopenjtalk-plus is not installed.
+        JahubertError: the installed version of pyopenjtalk-plus is not supported.
     """
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:

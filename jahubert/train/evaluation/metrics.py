@@ -95,6 +95,7 @@ def error_rate(
 
     Raises:
         DataError: the numbers of references and hypotheses differ.
+        MissingExtraError: jiwer is not installed.
     """
     if len(references) != len(hypotheses):
         raise DataError(
