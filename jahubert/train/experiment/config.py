@@ -29,7 +29,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
-_MAX_DIGITS = 1_000  # no valid setting has so many; Python cannot convert more than 4,300
+_MAX_DIGITS = 1_000  # no valid setting has so many; by default, Python converts at most 4,300
 _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these conditions
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
@@ -81,7 +81,7 @@ def range_errors(config: Any, allowed: Mapping[str, Iterable[str]]) -> list[str]
 
 
 def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return one error message per field that is not an ascending pair of numbers within its limits.
+    """Return one error message per field that is not an interval (low, high) within its limits.
 
     Args:
         limits: maps field names to the lowest and highest allowed values.
@@ -90,7 +90,7 @@ def interval_errors(config: Any, limits: Mapping[str, tuple[float, float]]) -> l
     for name, (lowest, highest) in limits.items():
         interval = getattr(config, name)
         if len(interval) != 2 or not lowest <= interval[0] <= interval[1] <= highest:
-            message = f"must be two ascending numbers from {lowest:g} to {highest:g}"
+            message = f"must be [low, high] with {lowest:g} <= low <= high <= {highest:g}"
             errors.append(f"{name} is {list(interval)}, but {message}")
     return errors
 
@@ -167,7 +167,7 @@ def unknown_key_error(key: str, known: Iterable[str], where: str) -> str:
     """Return an error message, with a suggestion, for a key that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {where}{near[0]}?" if near else "known keys are " + ", ".join(known)
+    hint = f"did you mean {where}{near[0]}?" if near else "known keys: " + ", ".join(known)
     return f"{where}{key}: no such key; {hint}"
 
 
@@ -331,7 +331,7 @@ def runtime_fields(config: Any) -> set[str]:
     """Return the names of the settings that do not change the result, which `result_fields` omits.
 
     These are the fields declared by `runtime_field`. If the config has a method `unused_settings`, the fields
-    and groups that this method returns are included.
+    and groups whose names it returns are included.
     """
     unused = config.unused_settings() if hasattr(config, "unused_settings") else ()
     return {

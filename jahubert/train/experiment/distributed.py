@@ -1,7 +1,7 @@
 """Process group of a run: ranks, device selection, collectives, heartbeats and a local launcher.
 
-A run is distributed if it was started by torchrun or by a launcher that sets the same environment variables.
-Without a process group, all functions behave as in a group of one process.
+A run is distributed if torchrun, or a launcher that sets the same environment variables, started several
+processes. Without a process group, all functions behave as in a group of one process.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ def rank0_broadcast(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on all ranks.
 
     Raises:
-        UserError, OSError: `work` raised this error on rank 0. The other ranks raise a copy of the UserError,
-            or a JahubertError with the message of the OSError. This exception is marked as reported.
+        UserError, OSError: `work` raised this error on rank 0. The other ranks raise a copy that is marked as
+            reported. For an OSError, the copy is a UserError if the error names a file, otherwise a
+            JahubertError.
     """
     if not dist.is_initialized():
         return work()

@@ -3,7 +3,8 @@
 The fingerprint of a stage covers its name, its VERSION, the settings that change its result, and the
 fingerprints of its inputs. `started.json` is written atomically before the stage runs, and `provenance.json`
 after it has finished. When a stage runs again with the same settings, a finished folder is kept and an
-unfinished one is resumed. If the settings differ, a StaleError lists the differences. A setting that is
+unfinished one is resumed. If its settings, inputs or VERSION differ, a StaleError lists the
+differences. A setting that is
 missing from a record, because an earlier version of the package lacked it or did not record defaults, is
 assumed to have its default value.
 """
@@ -129,7 +130,7 @@ def _is_output(path: Path, out: Path) -> bool:
 
 
 def elapsed_seconds(out: Path) -> float:
-    """Return the total duration of earlier, unfinished runs of a stage, except runs ended by SIGKILL."""
+    """Return the duration of earlier, unfinished runs of a stage, as recorded by `rollback`."""
     return read_record(out / STARTED).get("seconds", 0.0) if (out / STARTED).exists() else 0.0
 
 
@@ -157,7 +158,7 @@ def verify_inputs(config: Any, large: bool = True) -> None:
         large: also verify the checksums of files over 1 GiB; otherwise only their sizes.
 
     Raises:
-        DataError: a file or record is missing or damaged.
+        DataError: a file is missing or damaged, or a record is damaged.
     """
     for _, path, _ in input_fields(config):
         verify_files(path, large)
@@ -171,7 +172,7 @@ def verify_files(path: Path, large: bool = True) -> None:
         large: also verify the checksums of files over 1 GiB; otherwise only their sizes.
 
     Raises:
-        DataError: a file or record is missing or damaged.
+        DataError: a file is missing or damaged, or a record is damaged.
     """
     stages = [folder for folder in (path, *path.parents[:2]) if (folder / DONE).exists()][:1]
     if not stages and (path / "prepare").is_dir():  # `path` is the folder of an experiment
@@ -200,7 +201,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a JSON object that a stage wrote, and check the types of the fields of `DONE` and `STARTED`.
 
     Raises:
-        DataError: the file is unreadable or has other contents.
+        DataError: the file is unreadable, is not a JSON object, or has a field of a wrong type.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -237,7 +238,8 @@ def input_fingerprint(name: str, path: Path, model: bool = False) -> str:
         model: whether the path may be the name of a model on the Hub.
 
     Raises:
-        DataError: the input does not exist, or the stage that writes it is not finished.
+        DataError: the input does not exist, or the stage that writes it is not finished or has an unreadable
+            record.
     """
     for folder in (path, path.parent):  # `path` is the folder of a stage, or a file or folder inside it
         if (folder / DONE).exists():
@@ -321,6 +323,9 @@ def _check_unchanged(
 ) -> None:
     """Raise StaleError if settings or the version of the stage differ from those in the record."""
     stage, version = inputs["stage"], inputs["version"]
+    difference, remedy = "with different settings", "Restore those settings, use"
+    if not changes:
+        difference, remedy = "by another version of the stage", "Use"
     if before.get("version") != version:
         changes = [*changes, f"{stage} changed from version {before.get('version')} to {version}"]
     if not changes:
@@ -332,10 +337,9 @@ def _check_unchanged(
         else "a different name=..."
     )
     raise StaleError(
-        f"{out} {state} with different settings:\n  "
+        f"{out} {state} {difference}:\n  "
         + "\n  ".join(changes)
-        + f"\nRestore those settings, use {alternative}, "
-        "or delete the folder and rerun the stage."
+        + f"\n{remedy} {alternative}, or delete the folder and rerun the stage."
     )
 
 
@@ -348,7 +352,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
     """Return the state of each stage in an experiment, ordered by the modification time of `started.json`.
 
     Raises:
-        DataError: `root` contains no stage output, or a record is unreadable.
+        DataError: `root` contains no stage output, or a record is unreadable or damaged.
     """
     states = []
     for started in sorted(root.glob("**/" + STARTED), key=lambda path: path.stat().st_mtime):
@@ -366,7 +370,7 @@ def stage_states(root: Path) -> list[dict[str, Any]]:
 
 
 def _progress(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the progress of an unfinished stage and a description of the process that is running it."""
+    """Return the progress of an unfinished stage, and the process that is running it, if any."""
     owner = lock_owner(folder)
     last = _last_training_metrics(folder / "metrics.jsonl")
     step, max_steps = last.get("step"), record.get("settings", {}).get("train.max_steps")

@@ -67,7 +67,7 @@ def decoding_of(folder: Path) -> str | None:
 
 
 def stage_of(path: Path) -> str | None:
-    """Return the stage whose folder is `path` or contains it, according to the folder names, or None."""
+    """Return the stage whose folder is `path` or its parent, according to the folder names, or None."""
     names = (folder.name.partition("-")[0] for folder in (path, path.parent))
     return next((name for name in names if name in STAGES), None)
 
@@ -108,7 +108,8 @@ def resolve(name: str, table: dict[str, str], what: str) -> Any:
         what: name of the setting that `name` comes from, for error messages.
 
     Raises:
-        ConfigError: the entry, module, file or attribute does not exist.
+        ConfigError: `name` is neither a key of `table` nor an import path, or the module, file or attribute
+            does not exist.
     """
     target = table.get(name, name)
     module_name, _, attribute = target.partition(":")
@@ -183,7 +184,7 @@ def value_for_subset(value: Any, subset: Any) -> Any:
 
 
 def recipe_module(recipe: str, name: str = "prepare") -> ModuleType:
-    """Import a file of a recipe, for example the reader of another recipe.
+    """Import a Python file in the folder of a recipe.
 
     Args:
         recipe: see `recipe_folder`.
@@ -199,7 +200,7 @@ def recipe_module(recipe: str, name: str = "prepare") -> ModuleType:
 
 
 def recipe_reader(recipe: str, what: str) -> Any:
-    """Import `prepare` or `Config` from the prepare.py of a recipe, which reads the corpus.
+    """Import `prepare` or `Config` from the corpus reader of a recipe, its prepare.py.
 
     Raises:
         ConfigError: the recipe does not exist, or has no prepare.py that defines `what`.

@@ -43,7 +43,8 @@ def report_file_errors(out: Path) -> Iterator[None]:
         out: output folder, which is named if the error does not name a file.
 
     Raises:
-        DiskFullError: no space is left at `out`.
+        DiskFullError: the error or one of its causes reports a full disk or a file over the size limit, or
+            less than 1 MiB is free on the disk of `out`.
         OSError: any other file system error.
     """
     try:
@@ -70,7 +71,7 @@ def report_file_errors(out: Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException | None, failure: OSError | None, out: Path) -> bool:
-    """Return whether the error or one of its causes reports a full disk, or the disk has no space left."""
+    """Return whether the error or one of its causes reports a full disk, or less than 1 MiB is free."""
     if failure is not None and failure.errno in DISK_FULL:
         return True
     while error is not None:
@@ -94,7 +95,7 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
 
     Raises:
         ConfigError: GPU memory is exhausted.
-        JahubertError: a DataLoader worker was killed.
+        JahubertError: a DataLoader worker was killed or exited unexpectedly.
     """
     try:
         yield

@@ -42,7 +42,7 @@ class ScriptProcess:
 
     def __init__(self, script: Path, job: Any) -> None:
         self._script = script
-        # Files are used instead of pipes, which a long job or long error messages could fill up.
+        # The job and the error output use files, because long ones would fill up a pipe.
         self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
             json.dump(job, file)
@@ -63,7 +63,7 @@ class ScriptProcess:
 
         Raises:
             DataError: the process ended with a user error, whose message is passed on.
-            JahubertError: the process failed; the message contains its output.
+            JahubertError: the process failed otherwise; the message contains the end of its error output.
         """
         line = self._output.readline().rstrip("\n")
         if not line and self._process.wait():

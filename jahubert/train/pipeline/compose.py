@@ -79,8 +79,7 @@ def compose(overrides: Sequence[str], system: str | None = None) -> dict[str, An
         system: name of a system in the recipe; the settings of this system are included.
 
     Raises:
-        ConfigError: an override cannot be parsed, a name or key is unknown, a setting of the pipeline is
-            invalid, or a file is not valid YAML.
+        ConfigError: an override, a setting of the pipeline, or a file in conf/ or the recipe is invalid.
         MissingExtraError: hydra-core is not installed.
     """
     try:
@@ -123,10 +122,11 @@ def _selected_groups(typed: Sequence[Override]) -> dict[str, str]:
         if override.key not in _GROUPS:
             continue
         if override.delete or not isinstance(override.value, str):
-            advice = f"write {override.key}=NAME"
+            kind, value = ("number", "N") if override.key == "iteration" else ("name", "NAME")
+            advice = f"write {override.key}={value}"
             if override.key == "model":
                 advice += ", or model.width=256 to change a single size"
-            errors.append(f"{override.key}=... must be the name of a preset; {advice}")
+            errors.append(f"{override.key}=... must be a {kind}; {advice}")
         elif is_null(override.value):
             groups.pop(override.key, None)
         else:

@@ -41,7 +41,8 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
         check_inputs: whether to run the preflight checks. Use this for jobs that will run on this machine.
 
     Raises:
-        ConfigError: settings are invalid; the message lists the errors in all jobs.
+        ConfigError: settings are invalid, or a preflight check failed. Errors in several jobs are
+            reported together.
     """
     tree = compose(overrides)
     planned = plan_stages(tree)
@@ -77,7 +78,7 @@ def _unused_pretrained(overrides: Sequence[str], tree: dict[str, Any], jobs: Seq
         return []
     return [
         f"pretrained={model} has no effect: the recipe, one of its systems or the command line "
-        f"sets finetune.pretrained={', '.join(sorted({str(other) for other in used}))}"
+        f"sets finetune.pretrained={', '.join(sorted({str(other or 'null') for other in used}))}"
     ]
 
 

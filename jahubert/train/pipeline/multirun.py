@@ -33,8 +33,8 @@ class Run(NamedTuple):
 def run_all(arguments: Sequence[str]) -> int:
     """Run each combination locally, or submit all of them through a Hydra launcher.
 
-    All settings are checked before the first run starts. If a local run fails, the later runs are still
-    started.
+    All settings are checked before the first run starts. If a local run fails with a `JahubertError` or an
+    OSError, the later runs are still started.
 
     Returns:
         The first nonzero exit status of the local runs, or 0.

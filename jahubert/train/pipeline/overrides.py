@@ -167,8 +167,6 @@ def _range(text: str, argument: str) -> range:
         ) from None
     if not numbers:
         raise ConfigError(f"{argument}: the range is empty")
-    if not numbers:
-        raise ConfigError(f"{argument}: the range is empty")
     if len(numbers[: _MAX_RUNS + 1]) > _MAX_RUNS:
         raise ConfigError(f"{argument}: more than {_MAX_RUNS} values")
     return numbers

@@ -44,7 +44,7 @@ def preflight_errors(
 def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
     """Return one message for each split that a stage reads but its manifest does not contain.
 
-    Manifests that do not exist yet are skipped.
+    Finished stages, and manifests that do not exist yet or are damaged, are skipped.
     """
     errors: list[str] = []
     splits_of: dict[Path, Any] = {}
@@ -92,7 +92,7 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
 
 
 def _check_compiler(train: TrainConfig, device: torch.device | None) -> None:
-    """Raise ConfigError if Triton, which torch.compile uses on a GPU, would find no C compiler."""
+    """Raise ConfigError if `compile` is set on a GPU, but Triton, which requires a C compiler, finds none."""
     compilers = (os.environ.get("CC"), "gcc", "clang")
     on_gpu = device is not None and device.type == "cuda"
     if train.compile and on_gpu and not any(name and shutil.which(name) for name in compilers):

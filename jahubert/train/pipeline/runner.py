@@ -36,8 +36,7 @@ def run(overrides: Sequence[str]) -> None:
     """Run the stages that a list of `key=value` overrides selects.
 
     Raises:
-        ConfigError: an override cannot be parsed, a stage, recipe, system or key is unknown, a setting is
-            invalid, or an input does not exist and is not an output of the command.
+        ConfigError: an override or a setting is invalid, or a check in `preflight` failed.
         StaleError, BusyError, DataError: see `run_stage`.
     """
     from jahubert.train.experiment import distributed
@@ -70,9 +69,10 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     Raises:
         StaleError: the stage was run in the folder with different settings or by another version of its code.
         BusyError: another run is using the folder.
-        DataError: an input file is missing or damaged.
+        DataError: an input file is missing or damaged, or a record is unreadable.
 
-    Exceptions that the stage raises propagate.
+    Exceptions that the stage raises propagate. Errors caused by the file system or exhausted memory are
+    converted (see `resource_errors`).
     """
     from jahubert.formats.atomic import remove_leftovers
     from jahubert.formats.lock import remove_stale_lock, run_lock

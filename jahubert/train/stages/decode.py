@@ -69,7 +69,7 @@ class Config:
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
     search: Literal["beam", "greedy"] = "beam"  # kind of search; greedy: use the best symbol of each frame
     beam: int = 20  # width of the beam search
-    n_best: int = 1  # number of hypotheses to write per utterance
+    n_best: int = 1  # maximum number of hypotheses to write per utterance
     lm: Path | None = None  # n-gram model (ARPA, plain or gzip) over symbols, or over words of the lexicon
     lexicon: Path | None = None  # file of the allowed words, with one word and its symbols per line
     lm_weight: float = 0.5  # factor for the log-probability of the language model
@@ -77,10 +77,11 @@ class Config:
     tune_splits: tuple[str, ...] = split_field(())  # splits on which to choose lm_weight and word_bonus
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
-    # Whether to remove DC offset and hum, normalize the level, and suppress phones outside speech.
+    # Whether to remove DC offset and hum, normalize the level, and (except for alignment) suppress symbols
+    # outside speech.
     vad: bool = True
     device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
+    # Maximum seconds of audio per batch, including padding. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
 
     def __post_init__(self) -> None:

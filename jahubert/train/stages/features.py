@@ -1,7 +1,7 @@
 """Random sample of feature frames for k-means.
 
-Reads   the manifest; from iteration 2 on, also the model of the previous iteration
-Writes  sample.npy, float32 (frames, dim); header.json: feature, layer and model
+Reads   the manifest; for kind=hubert, also a model (by default, that of the previous iteration)
+Writes  sample.npy, float32 (frames, dim); header.json: description of the feature
 
     python -m jahubert.run recipe=demo stage=features iteration=1
 

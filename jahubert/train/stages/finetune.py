@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# The settings of fairseq's base_10h, the only published ones for fine-tuning HuBERT; conf/finetuning has
-# other presets. The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates,
-# but training ends after 17,000 of them. Therefore, final_lr is 0.05 ** (17 / 72) = 0.493.
+# The settings of base_10h, fairseq's only ones for fine-tuning HuBERT; conf/finetuning has other presets.
+# The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates, but training
+# ends after 17,000 of them. Therefore, final_lr is 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
@@ -94,7 +94,7 @@ class Config:
     dev_splits: tuple[str, ...] = split_field(("dev",))  # splits for validation
     # Metric that selects the best step on the development set; for characters, wer and per are both the CER.
     best: Literal["wer", "per", "loss"] = "wer"
-    seed: int = 0  # random seed for `hours`, the CTC head, batches, masks, augmentation and dropout
+    seed: int = 0  # random seed for `hours`, new weights, batches, masks, augmentation and dropout
 
     def __post_init__(self) -> None:
         ranges = {"in (0, 1]": ("fraction",), "positive": ("hours",), "in [0, 1)": _DROPPED}
@@ -218,7 +218,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def model_name(source: Path | None) -> str:
-    """Return a name for a model in tables: owner/model, NAME/iter2, or the last two parts of its path."""
+    """Return a model name for tables: the relevant end of its path, such as demo/iter2, or "from scratch"."""
     if source is None:
         return "from scratch"
     parts = [part for part in source.parts if part not in ("/", "bundle", "pretrain")]
@@ -229,8 +229,8 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
     """Select the manifest rows for training, in ascending order.
 
     `fraction` selects the first labeled utterances of the training split. `hours` draws a random subset of
-    them, so that a subset of ten minutes does not come from a single talk. With the same seed, larger subsets
-    contain the smaller ones.
+    them, so that a subset of ten minutes does not come from a single talk. With the same seed and
+    `fraction`, larger subsets contain the smaller ones.
     """
     rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
     rows = rows[: max(1, round(config.fraction * len(rows)))]

@@ -1,7 +1,7 @@
 """K-means clustering of the sampled frames.
 
 Reads   the sample of frames written by the features stage
-Writes  centroids.safetensors, with feature, layer and model in its metadata
+Writes  centroids.safetensors, with the description of the feature in its metadata
 
 With the backend `torch`, all processes share the work and read the sample in blocks, so that it need not fit
 in memory.
@@ -35,7 +35,8 @@ VERSION = 2
 class Config:
     features: Path  # output folder of the features stage
     n_clusters: int = 100  # number of clusters
-    backend: Literal["torch", "faiss", "sklearn"] = "torch"  # k-means implementation
+    # Implementation of k-means; sklearn ignores n_init, max_iter and lloyd_frames.
+    backend: Literal["torch", "faiss", "sklearn"] = "torch"
     n_init: int = 3  # number of initializations, of which the best one is used
     max_iter: int = 100  # maximum number of passes over all frames or the sample of lloyd_frames frames
     # Maximum number of frames for Lloyd's algorithm. If there are more, the algorithm runs on a sample of

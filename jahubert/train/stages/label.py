@@ -6,7 +6,7 @@ Writes  units.bin, offsets.npy, header.json (a LabelStore; features are not stor
 
     python -m jahubert.run recipe=demo stage=label iteration=2
 
-If `compare_with` is a label store for the same manifest, differences between the two stores are reported. If
+If `compare_with` is a label store for the same manifest, differences from its units are reported. If
 `centroids` is a folder with fairseq's .tsv, .km and dict.km.txt files, the units in these files are imported.
 """
 

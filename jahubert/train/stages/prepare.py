@@ -48,9 +48,10 @@ _MAX_PENDING = 256  # maximum number of utterances queued for checking
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str  # name of a folder in recipes/, or path of a folder with a prepare.py
-    data: str | None = None  # folder of the corpus, or a file that describes it
-    # The options of the recipe, which its own `Config` declares.
+    recipe: str  # name of a folder in recipes/, or path of a folder with recipe.yaml and prepare.py
+    # Folder of the corpus, or a file that describes it; null if the recipe generates the corpus.
+    data: str | None = None
+    # Options of the recipe, declared by the `Config` in its prepare.py.
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )

@@ -1,6 +1,6 @@
 """Experiment report: tables for the terminal, and an HTML page.
 
-Reads   the finished stages of the experiment
+Reads   the finished stages of the experiment and of those in `compare_with`, and the audio
 Writes  metrics.json, table.txt, report.html
 
     python -m jahubert.run recipe=demo stage=report report.language=ja

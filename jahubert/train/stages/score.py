@@ -2,7 +2,7 @@
 
 Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
-        significance test against the baseline and the reliability of confidences; <split>.txt: the same
+        reliability of confidences and, with `baseline`, the significance test; <split>.txt: the same
         results as text, with an alignment of every utterance; table.txt: the printed table; with
         `calibration_split`, also calibration.json: the calibration of confidences
 

@@ -1,6 +1,7 @@
 """Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: for phones and kana, the words of an utterance if available; otherwise, its text
+Reads   the manifest: for phones and kana, the words of an utterance if available; otherwise, its text;
+        the user dictionary, if configured
 Writes  symbols.npy, offsets.npy, phonemes.json, header.json, rejected.jsonl (rejected utterances)
 
     python -m jahubert.run recipe=demo stage=targets
@@ -52,7 +53,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def make_targets(config: Config, out: Path) -> dict[str, Any]:
-    """Convert the text of all utterances, and write the target store. Only rank 0 calls this."""
+    """Convert the words or text of all utterances, and write the targets. Only rank 0 calls this."""
     manifest = Manifest(config.manifest)
     if config.user_dictionary:
         read_words(config.user_dictionary)  # raises an error early if the dictionary is invalid
@@ -102,7 +103,7 @@ def symbol_set(config: Config, manifest: Manifest) -> PhonemeSet:
     texts = (recognized_characters(manifest[row].text, config.punctuation) for row in rows)
     symbols = character_set(char for text in texts for char in text)
     if len(symbols) > 2**15:
-        raise DataError(f"the text has {len(symbols)} different characters, but the maximum is {2**15}")
+        raise DataError(f"the training text yields {len(symbols)} symbols, but the maximum is {2**15}")
     return symbols
 
 

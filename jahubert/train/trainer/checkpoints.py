@@ -78,7 +78,7 @@ class Checkpoints:
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
     ) -> None:
-        """Save a checkpoint, and delete old checkpoints according to `keep_last` and `keep_every`.
+        """Save a checkpoint unless there is an intact one of this step, and then delete old checkpoints.
 
         Args:
             run: JSON-serializable engine state other than the weights and the optimizer state.
@@ -132,7 +132,8 @@ class Checkpoints:
         """Load the newest intact checkpoint.
 
         Returns:
-            The `run` argument of the saved checkpoint, or None if there is no intact checkpoint.
+            The contents of its `run.json`, which include the `run` argument of `save`, or None if there is no
+            intact checkpoint.
 
         Raises:
             DataError: the newest intact checkpoint cannot be read.

@@ -48,7 +48,7 @@ def _micro_seconds(config: TrainConfig) -> float:
 
 
 def shared_memory_bytes(config: TrainConfig) -> int:
-    """Return an upper bound on the shared memory (bytes) needed by the DataLoader workers of one process."""
+    """Estimate the shared memory (bytes) that the DataLoader workers of one process need for audio."""
     in_flight = PREFETCH * config.workers + 1  # the training step holds one more micro-batch
     return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
 

@@ -19,7 +19,7 @@ from jahubert.train.experiment.config import raise_config_errors, range_errors, 
 class TrainConfig:
     """Settings of a training run.
 
-    The defaults are those of fairseq's HuBERT BASE pretraining; the finetune stage has its own.
+    The optimization defaults follow fairseq's HuBERT BASE pretraining; the finetune stage has its own.
     """
 
     max_steps: int = 400_000  # number of updates
@@ -30,7 +30,7 @@ class TrainConfig:
     # batch_seconds (8 for 2,800 s).
     groups: int | None = None
     # Maximum seconds of audio per device and forward pass, including padding; null: derived from the memory
-    # of a GPU, or a fixed limit on a CPU.
+    # of a GPU, or from fixed limits on a CPU.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.

@@ -81,7 +81,7 @@ def open_tracker(config: TrainConfig, out: Path, step: int) -> Tracker | None:
     """Open the configured tracker. Return None if it is TensorBoard and TensorBoard is not installed.
 
     Args:
-        step: the last completed step. TensorBoard then hides values of later steps that a killed run logged.
+        step: the last completed step. TensorBoard hides values of later steps, which a killed run logged.
     """
     if config.tracker == "wandb":
         return WandbRun(out, config)

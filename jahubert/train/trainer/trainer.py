@@ -148,12 +148,16 @@ def train(
 
     Raises:
         Stopped: SIGTERM, SIGUSR1 or SIGINT was received, and a checkpoint was saved.
-        ConfigError: there is too little shared memory for the DataLoader workers, or an update may have fewer
-            utterances than there are processes.
+        ConfigError: the device is unavailable or does not support the precision, there is too little shared
+            memory for the DataLoader workers, an update may have fewer utterances than there are processes,
+            or the tracker cannot be started.
+        MissingExtraError: the tracker is wandb, which is not installed.
         StaleError: `out` contains checkpoints from another engine.
         DataError: the newest intact checkpoint or the file of the best weights cannot be read.
         JahubertError: the loss or the gradient norm is not finite, float16 gradients overflow at every loss
             scale, or a stop signal was received and no checkpoint could be saved in time.
+
+    Exceptions that `data` and `validate` raise propagate.
     """
     data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
