@@ -282,7 +282,7 @@ def test_stream_equals_chunked_features(model, tmp_path, rate):
     extractor = FeatureExtractor(model, [1, 2], device="cpu", chunk_seconds=8)
     pieces = list(extractor.stream(path))
     assert len(pieces) == 5
-    torch.testing.assert_close(torch.cat(pieces), extractor(path), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.cat(pieces), extractor(path), atol=1e-5, rtol=1e-5)
     assert list(extractor.stream(noise(100))) == []
 
 

@@ -264,7 +264,7 @@ def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
         label.run(replace(config, layer=2), tmp_path / "a")
     torch.manual_seed(1)
     save_bundle(tmp_path / "other", model=HubertModel(HubertModel.from_pretrained(corpus / "model").config))
-    with pytest.raises(DataError, match=r"label.model=\S+other: model is '"):
+    with pytest.raises(DataError, match=r"label.model=\S+other yields: model is '"):
         label.run(replace(config, model=tmp_path / "other"), tmp_path / "b")
     centroids_KD, header = load_centroids(layer_centroids / "kmeans/centroids.safetensors")
     (tmp_path / "k").mkdir()
