@@ -600,7 +600,7 @@ def audio_commands(command: Command) -> None:
     sub.add_argument("--no-vad", dest="vad", action="store_const", const="off", help="same as --vad off")
     dtype(sub, "auto", "int8")
 
-    sub = command(features, "write features from encoder layers as float32 .npy (frames, dim)")
+    sub = command(features, "write features from encoder layers as float32 arrays (frames, dim)")
     audio(sub)
     sub.add_argument(
         "-o", "--output", metavar="OUT", required=True,
@@ -611,7 +611,7 @@ def audio_commands(command: Command) -> None:
         help="encoder layer (default: the encoder's output); 3,6,9 or all gives (frames, layers, dim)",
     )  # fmt: skip
     sub.add_argument(
-        "--weights", type=numbers, metavar="W,W", help="one weight per layer, to write their weighted sum"
+        "--weights", type=numbers, metavar="W,W", help="one weight per layer, to write a weighted sum"
     )
     dtype(sub, "float32")
     chunked(sub)
@@ -629,7 +629,7 @@ def model_commands(command: Command) -> None:
     sub.add_argument("source", metavar="SRC", help=MODEL)
     sub.add_argument("--json", action="store_true", help="print all information as JSON")
 
-    sub = command(convert, "convert a model to another format and verify it, or export units or a corpus")
+    sub = command(convert, "convert a model and verify the result, or export units or a corpus")
     sub.add_argument(
         "source",
         metavar="SRC",

@@ -111,7 +111,7 @@ def read_fairseq(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]
         prefix: prefix of encoder tensor names in `tensors`.
 
     Raises:
-        CheckpointError: the settings or weights are not those of a HuBERT model.
+        CheckpointError: the settings or weights are not those of a supported HuBERT model.
     """
     notes: list[str] = []
     model, task = _read_settings(path, content)
@@ -341,7 +341,7 @@ def write_fairseq(
         One message per change to the model.
 
     Raises:
-        CheckpointError: fairseq cannot represent the model.
+        CheckpointError: fairseq cannot represent the model, or the symbols of the CTC head are unknown.
     """
     notes: list[str] = []
     config, tensors = _encoder_tensors(model, notes)

@@ -78,7 +78,7 @@ def read_huggingface(folder: Path, fields: Mapping[str, Any] | None = None) -> R
         fields: values of HubertConfig fields that have no Hugging Face key, if known.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or does not belong to a HuBERT model.
+        CheckpointError: a file is missing, damaged or not supported, or does not belong to a HuBERT model.
     """
     settings = read_json(folder / CONFIG)
     if settings.get("model_type") != "hubert":

@@ -1,4 +1,8 @@
-"""Lock on a stage folder, held by one run at a time. The operating system releases it if a run is killed."""
+"""Lock on an output folder, held by one run at a time.
+
+The operating system releases the lock if a run is killed. On Windows and on a file system without locks,
+several runs can use a folder at the same time.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def read_torchaudio(path: Path, tensors: dict[str, Tensor], prefix: str) -> RawM
         prefix: prefix of encoder tensor names in `tensors`.
 
     Raises:
-        CheckpointError: the settings or weights are not those of a HuBERT model.
+        CheckpointError: the settings or weights are not those of a supported HuBERT model.
     """
     notes: list[str] = []
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

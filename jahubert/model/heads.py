@@ -18,9 +18,9 @@ from jahubert.model.precision import at_least_float32, autocast
 class UnitHead(nn.Module):
     """Head that predicts units by the cosine similarity of the projected frame and each unit's embedding.
 
-    The head implements eq. 3 of the HuBERT paper (section II-C) as one matrix product of normalized vectors,
-    divided by a temperature. The result equals fairseq's softmax over one positive and all negatives, without
-    its four unused classes.
+    The head computes the logits of the softmax in eq. 3 of the HuBERT paper as one matrix product of
+    normalized vectors, divided by a temperature. They equal fairseq's logits for one positive and all
+    negatives, without its four unused classes.
     """
 
     def __init__(self, width: int, n_units: int, dim: int = 256, temperature: float = 0.1):
