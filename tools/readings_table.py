@@ -2,7 +2,7 @@
 
     python tools/readings_table.py [tests/fixtures/readings.tsv]
 
-The script prints a Markdown table with one row per class of rules, and the texts whose reading is wrong. Long
+The script prints a Markdown table with one row per class of rules, and the texts that jahubert misreads. Long
 vowels (エイ and エー, オウ and オー), ヲ and ユウ are normalized before the comparison.
 """
 

@@ -58,7 +58,7 @@ class Config:
     words: Words = field(default_factory=Words)
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # options for the mixed voices
-    reading: float = 35.0  # minutes of training words in synthetic voices
+    reading: float = 35.0  # duration of training words in synthetic voices, in minutes
     speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is repeated at one of them
 
     def __post_init__(self) -> None:
@@ -76,8 +76,9 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
     Raises:
         ConfigError: options of the words are inconsistent, or a package for neural voices is not installed.
-        DataError: a corpus is not found or unusable.
+        DataError: a corpus is not given, not found or unusable.
         MissingExtraError: librosa or, for synthetic voices, pyopenjtalk-plus is not installed.
+        JahubertError: the synthesis of speech failed.
     """
     words: list[str] = []
     for number, item in enumerate(tofugu.prepare(data, work / "tofugu", config.words, seed)):

@@ -70,7 +70,7 @@ def find_talks(data: Path) -> dict[str, Talk]:
     """Find all talks in the folder `data`, which may have any of the layouts above. Keys are talk ids.
 
     Raises:
-        DataError: no talks were found.
+        DataError: no talks were found, or a folder or fileList.csv cannot be read.
     """
     talks: dict[str, Talk] = {}
     sides: dict[str, set[str]] = {}

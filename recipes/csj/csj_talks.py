@@ -23,7 +23,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, read_reliably
 # Reasons for rejection
 BROKEN, NO_TIMES = "broken transcript", "broken phone times"
 NO_AUDIO, NO_TRANSCRIPT = "no audio", "no transcript"
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which a segment may extend beyond the audio
+_TOLERANCE = SAMPLE_RATE // 10  # maximum number of samples by which a segment may exceed the audio
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def _channel_audio(talk: Talk, channel: str, n_channels: int, work: Path) -> tup
 
     Raises:
         AudioError: the file is missing, its audio is unusable, or it contains only one channel of a dialogue.
+        ReadError: the file system still fails after several attempts.
     """
     file = talk.audio.get(channel) or talk.audio.get("")
     if file is None:

@@ -56,8 +56,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     FLAC files. The numbers of talks, utterances, hours and words in every split are logged.
 
     Raises:
-        DataError: the corpus is not found, the sets are invalid (see `assign_sets`), a file cannot be read,
-            or too many segments or talks are unusable.
+        DataError: the corpus is not given or not found, the sets are invalid (see `assign_sets`), a file
+            cannot be read, or too many segments or talks are unusable.
     """
     if data is None:
         raise DataError("data= is required: the csj recipe needs data=FOLDER, a copy of the corpus")

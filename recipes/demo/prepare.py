@@ -96,8 +96,10 @@ def prepare(data: None, work: Path, config: Config, seed: int) -> Iterator[Utter
 
     Raises:
         ConfigError: durations or shares are out of range.
+        DataError: the voice of pyopenjtalk-plus has an unexpected format.
         MissingExtraError: pyopenjtalk-plus is not installed.
-        JahubertError: the installed version of pyopenjtalk-plus is not supported.
+        JahubertError: labels of pyopenjtalk-plus have an unexpected format or differ from the phones of the
+            text, or a process failed.
     """
     shares = (config.dev_share, config.test_share)
     if config.minutes <= 0 or min(shares) < 0 or sum(shares) >= 1:

@@ -48,7 +48,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     training split in random order until its duration reaches `minutes`; the rest are rejected.
 
     Raises:
-        DataError: a corpus was not found or is unusable, or the training split is shorter than `minutes`.
+        DataError: a corpus is not given, not found or unusable, or the training split is shorter than
+            `minutes`.
     """
     if data is None:
         raise DataError("the languages recipe needs data=FOLDER, a folder with transcripts.tsv")

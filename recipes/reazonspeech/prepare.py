@@ -68,8 +68,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     interrupted run can therefore be resumed, and if shards are added, only these are read.
 
     Raises:
-        DataError: no release is found (see `find_release`), all shards of the subset are missing, a file
-            cannot be read, or too many shards or recordings are unusable.
+        DataError: the release is not found or ambiguous (see `find_release`), all shards of the subset are
+            missing, a file cannot be read, or too many shards or recordings are unusable.
         JahubertError: a process that indexes shards failed.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):

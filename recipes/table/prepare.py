@@ -27,7 +27,7 @@ from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, is_folder, r
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = SAMPLE_RATE // 10  # samples by which an end time may exceed the length because of rounding
+_TOLERANCE = SAMPLE_RATE // 10  # maximum excess of an end time over the length, in samples
 
 
 @dataclass(frozen=True)

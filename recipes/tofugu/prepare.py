@@ -77,7 +77,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     `work/word-times.jsonl` contains the start and end samples of the words in joined utterances.
 
     Raises:
-        DataError: the corpus is not found.
+        DataError: the corpus is not given or not found, or a file cannot be read.
         ConfigError: lengths or shares are inconsistent.
     """
     if not 0 < config.min_seconds * 2 <= config.max_seconds or config.dev_share + config.test_share >= 1:

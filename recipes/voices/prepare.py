@@ -124,7 +124,7 @@ def prepare(
         DataError: voices cannot be used (see `find_voices` and `neural.synthesize`), or a file with sentences
             cannot be read.
         MissingExtraError: pyopenjtalk-plus is not installed.
-        JahubertError: an engine or a process failed.
+        JahubertError: the synthesis of speech failed.
     """
     if config.neural_minutes:
         neural.check_installed()
@@ -285,7 +285,8 @@ def _utterance(
 
     Raises:
         DataError: the text has no words, or letters without a reading.
-        JahubertError: the phones in the labels differ from those of the text, or the engine failed.
+        JahubertError: the phones in the labels differ from those of the text, the engine failed, or its
+            frames are not whole numbers of 16 kHz samples.
     """
     features = analyze(text)
     words = features_to_words(features)

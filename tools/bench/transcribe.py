@@ -5,10 +5,10 @@
     python tools/bench/transcribe.py --model exp/tofugu/systems/pretrained/finetune \\
         --exp exp/tofugu --splits test test_joined                    # PER of each precision
 
-All variants transcribe the same recording with the same weights in interleaved rounds, and medians are
-printed. jahubert reads the file, detects speech, encodes chunks of 30 s with an overlap of 4 s, and decodes
-with a beam of 20. transformers encodes chunks of 30 s without overlap and decodes greedily, which is less
-work.
+All variants transcribe the recording with the same weights in interleaved rounds, and medians are printed.
+jahubert reads the file, detects speech, encodes chunks of 30 s with an overlap of 4 s, and decodes with a
+beam of 20. transformers encodes chunks of 30 s without overlap and decodes greedily, which is less work. With
+`--exp`, jahubert transcribes whole splits in each precision, without detecting speech.
 """
 
 from __future__ import annotations

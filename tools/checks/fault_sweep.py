@@ -48,7 +48,7 @@ def trials(n_operations: int, faults: list[str], points: int | None, first: int)
     """Return all pairs (fault, operation), with operations counted from 1, or `points` evenly spaced pairs.
 
     Args:
-        first: index of the fault at the first operation. Later operations use the next faults in turn.
+        first: index of the fault of the first evenly spaced pair. Later pairs use the next faults in turn.
     """
     if points is None:
         return [(fault, operation) for fault in faults for operation in range(1, n_operations + 1)]
