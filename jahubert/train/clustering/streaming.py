@@ -35,7 +35,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
     """Create the feature extractor `kind`.
 
     Args:
-        model, layer: folder of a HuBERT model and number of the layer (only for `hubert`).
+        model, layer: HuBERT model (folder, file or Hub name) and number of the layer; only for `hubert`.
 
     Raises:
         ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
@@ -45,9 +45,7 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
     if kind != "hubert":
         return cls(device=str(device))
     if model is None or layer is None:
-        raise ConfigError(
-            "features.kind=hubert requires features.model (the folder of a trained model) and features.layer"
-        )
+        raise ConfigError("features.kind=hubert requires features.model (a trained model) and features.layer")
     hubert = load_bundle(model).model
     if not 1 <= layer <= hubert.config.layers:
         raise ConfigError(f"features.layer is {layer}, but {model} has layers 1 to {hubert.config.layers}")

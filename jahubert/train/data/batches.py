@@ -42,7 +42,7 @@ class MaskConfig:
 
     prob: float = 0.8  # fraction of frames that would be masked if spans did not overlap
     length: int = 10  # length of a span (frames)
-    min_spans: int = 2  # minimum number of spans per utterance
+    min_spans: int = 2  # minimum number of spans per utterance, if they fit
     channel_prob: float = 0.0  # fraction of channels that would be masked if spans did not overlap
     channel_length: int = 64  # length of a span (channels)
 

@@ -2,8 +2,8 @@
 
 Each split contains the same utterances as in the manifest, so that results are comparable. Kaldi data
 directories and lhotse manifests refer to an original audio file if it is 16 kHz mono and not inside an
-archive. Each other utterance is written to a 16 kHz FLAC file. An export for Hugging Face datasets always
-writes FLAC files.
+archive. Otherwise, the utterance is written to a 16 kHz FLAC file. An export for Hugging Face datasets
+always writes FLAC files.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]
         kind: the format, one of kaldi, lhotse and datasets.
 
     Raises:
-        DataError: `kind` is unknown, or the format cannot represent an utterance.
-        AudioError: the audio of an utterance cannot be read.
+        DataError: `kind` is unknown, the format cannot represent an utterance, or reading a file still fails
+            after several attempts.
+        AudioError: the audio of an utterance is missing or unusable.
     """
     if kind not in WRITERS:
         raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")

@@ -64,6 +64,7 @@ def read_tsv(path: Path, root: str | None = None) -> Iterator[TsvEntry]:
 
     Raises:
         DataError: a line does not have the form `path<TAB>samples`.
+        ReadError, OSError: see `read_blocks`.
     """
     lines = read_lines(path)
     first_line = os.fsdecode(next(lines, b"").rstrip(b"\r\n"))
@@ -85,7 +86,8 @@ def read_dict(path: Path) -> int:
     """Return the number of units K in a dictionary that lists the units 0..K-1 in any order.
 
     Raises:
-        DataError: the file is missing, a unit is missing or listed twice, or a line is not a unit.
+        DataError: the file is missing or unreadable, a unit is missing or listed twice, or a line does not
+            start with a unit.
     """
     if not is_file(path):
         raise DataError(f"{path}: file not found; copy it from the folder where the .km files were created")
@@ -94,7 +96,7 @@ def read_dict(path: Path) -> int:
     if not all(is_number) or sorted(int(unit) for (unit,) in units) != list(range(len(units))):
         raise DataError(
             f"{path}: each unit from 0 to {len(units) - 1} must be on exactly one line; create the file "
-            "again (the command that appends to it was probably run twice)"
+            "again, and run the command that appends to it only once"
         )
     return len(units)
 

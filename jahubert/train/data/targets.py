@@ -79,8 +79,8 @@ class TargetStore:
     def check(self, manifest: Manifest) -> None:
         """Raise DataError unless the targets were created for this manifest.
 
-        Earlier versions did not record the fingerprint of the manifest. Only the number of utterances is then
-        compared.
+        Targets of earlier versions lack the fingerprint of the manifest. For them, only the number of
+        utterances is compared.
         """
         header = read_record(self.folder / HEADER) if (self.folder / HEADER).exists() else {}
         recorded = header.get("manifest", manifest.fingerprint)

@@ -26,7 +26,7 @@ def training_sentences(exp: Path, tokenizer: Tokenizer) -> Iterator[list[str]]:
     Raises:
         ConfigError: the targets consist of other units than those of `tokenizer`, or word tokens are
             requested but the targets are characters.
-        DataError: the experiment has no targets, or a file is damaged.
+        DataError: the experiment has no targets or manifest, they do not match, or a file is damaged.
     """
     verify_files(exp / "targets")
     manifest, targets = Manifest.verified(exp / "prepare/manifest.arrow"), TargetStore(exp / "targets")

@@ -1,8 +1,9 @@
-"""Estimates of the hours, disk space and memory that every stage of a run needs.
+"""Estimates of the hours, disk space and memory that the stages of a run need.
 
-The duration of training and of k-means is the number of FLOPs divided by the FLOP/s of all devices. In the
-other stages, a pass over the audio can also be limited by decoding. The FLOPs are computed from the sizes of
-the model (`flops`). The FLOP/s are measured on this machine or taken from a table of GPUs (`machine`).
+The duration of training and of k-means is the number of FLOPs divided by the FLOP/s of all devices. In
+`features` and `label`, decoding the audio can be the limit instead, as it always is in `prepare`. The FLOPs
+are computed from the sizes of the model (`flops`). The FLOP/s are measured on this machine or taken from a
+table of GPUs (`machine`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Plan:
     stages: list[StageEstimate]
     corpus: Corpus
     machine: Machine
-    days: dict[int, float]  # number of GPUs -> days for all stages; empty for a CPU
+    # Number of GPUs -> days for all stages; omits numbers that a training stage cannot use. Empty for a CPU.
+    days: dict[int, float]
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -98,6 +100,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
     Raises:
         ConfigError: a number is invalid, the GPU or the size of the corpus is unknown, or `gpu` is not given
             and no job trains a model that could be measured.
+        DataError: the manifest is damaged.
     """
     numbers = {name: _number(name, options) for name in _NUMBERS}
     corpus = _corpus(Path(tree["exp"], "prepare", "manifest.arrow"), numbers["hours"], tree)
@@ -254,7 +257,7 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
 
 
 def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) -> bool:
-    """Return whether training of a model with these sizes was measured on one such device."""
+    """Return whether the training speed was measured for these sizes and this precision."""
     measured = machine.measured_model
     if measured is None or (machine.memory_bytes is not None and precision is torch.float32):
         return False

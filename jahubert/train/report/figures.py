@@ -73,7 +73,7 @@ def layer_curves(layers: Mapping[str, Any]) -> str:
 
     Args:
         layers: mapping from each model to a list of {"pnmi": ...} for layers 1, 2, ..., and from "mfcc" to a
-            list with one entry.
+            list with one entry. Other values, such as the number of "frames", are ignored.
     """
 
     def draw(figure: Any) -> None:
@@ -159,7 +159,7 @@ def unit_usage(count_K: np.ndarray) -> str:
 
 
 def utterance(wav_T: np.ndarray, phones: Sequence[Phone], unit_S: np.ndarray | None) -> str:
-    """Plot the waveform, the phones, the spectrogram (kHz), and the units over time (seconds)."""
+    """Plot the waveform, any phones, the spectrogram (kHz), and any units over time (seconds)."""
     seconds = len(wav_T) / SAMPLE_RATE
     heights = [1, 3.2] + ([0.5] if unit_S is not None else [])
     if phones:

@@ -124,7 +124,7 @@ def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, s
 
 
 def _made_with(records: Mapping[str, Any], strings: Strings) -> str:
-    """Render the distinct commands, commits, devices and versions that the stages recorded."""
+    """Render the commands, commits, devices and versions of all stages, and the end time of the last one."""
     values: dict[str, dict[str, None]] = {}
     ordered = sorted(records.values(), key=lambda record: record["finished"])
     for record in ordered:
@@ -274,7 +274,7 @@ def _units(data: PageData, strings: Strings) -> str:
 
 
 def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strings) -> str:
-    """Render the quality of MFCC and layer units for the same number of units, with a summary sentence."""
+    """Render the quality of units (equal K) from MFCCs and from the best and the clustered layers."""
     best = _best_layer(layers, strings)
     if best is None:
         return ""
@@ -442,7 +442,7 @@ def _training(experiments: Mapping[str, Path], strings: Strings) -> str:
 
 
 def _comparison(experiments: Mapping[str, Path], strings: Strings) -> str:
-    """Render the settings that differ between the experiments, for stages that all of them have."""
+    """Render the settings, except inputs, that differ between experiments, for the stages that all have."""
     if len(experiments) < 2:
         return ""
     records = {name: stage_records(exp) for name, exp in experiments.items()}

@@ -20,7 +20,7 @@ from jahubert.train.evaluation.unit_checks import usage_statistics
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import DONE
 
-LAYER_UNITS = 100  # number of units that are fitted to each layer and to MFCCs
+LAYER_UNITS = 100  # number of units fitted to each layer and to MFCCs, or less if there are too few frames
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def layer_curves(
 ) -> dict[str, Any]:
     """Fit `LAYER_UNITS` units to MFCCs and to each layer of each iteration's model, and evaluate the units.
 
-    All measurements use the same frames. The result is empty if there are no models or no frames with phones.
+    All measurements use the same frames. The result is empty if there are no models or no frames with phones,
+    or if `n_frames` is 0.
     """
     models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
     if not (times and models and n_frames):

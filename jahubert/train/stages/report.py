@@ -39,10 +39,11 @@ class Config:
     published: dict[str, Any] = field(default_factory=dict)
     compare_with: tuple[Path, ...] = ()  # folders of experiments to show in the same tables and figures
     language: Literal["en", "ja"] = "en"  # language of the HTML page
-    # Number of utterances per system in each of the groups worst, median and best. An utterance adds about
-    # 0.2 MB to the page.
+    # Maximum number of utterances per decoding in each of the groups worst, median and best. An utterance
+    # adds about 0.2 MB to the page.
     examples: int = 2
-    # Number of frames with known phones on which units of every layer are evaluated; 0: no evaluation.
+    # Maximum number of frames with known phones on which units of every layer are evaluated; 0: no
+    # evaluation.
     layer_frames: int = 20_000
     seed: int = 0  # random seed for drawing the frames of `layer_frames` and for clustering them
     device: str = "auto"  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available

@@ -1,18 +1,19 @@
 """Conversion of Japanese text to words, katakana pronunciations and phones, based on pyopenjtalk-plus.
 
 Each morpheme becomes a word, except that a morpheme whose pronunciation starts with `ー` or a small vowel, or
-has no vowel, is joined to the preceding word (such as う in でしょう). Symbols are dropped. Known errors in
-the dictionary of pyopenjtalk-plus are corrected before and after the analysis:
+has no vowel, is joined to the preceding word (such as う in でしょう). Symbols are dropped. Many errors
+in the dictionary of pyopenjtalk-plus are corrected before, during and after the analysis:
 
 - `normalization.py` spells out expressions that the dictionary skips or misreads: minus signs, currencies,
   units, clock times, dates and fractions;
 - `user_dictionary.py` corrects single words and adds the user's own words;
 - `_fix_reading` corrects readings that depend on the context or on installed packages: 何 is read ナン before
-  counters and before ダ, デ, ナ, ノ and ト; 言う is read ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
+  counters, numbers, and particles and auxiliary verbs that start with ダ, デ, ナ, ノ or ト; 言う is read
+  ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
 
 Latin letters, also those inside words, have the names used in broadcasting: エー, ケー and ジェー, because
 [ei] is read as a long vowel (NHK's committee on language, no. 1388, 2015), but エイチ, as in the name of NHK.
-docs/readings.md lists the remaining errors.
+docs/readings.md lists known errors that remain.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
         words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: the dictionary has no reading for some letters, or the user dictionary is invalid.
+        DataError: the dictionary has no reading for some letters, the text is too long, or the user
+            dictionary is invalid.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     pyopenjtalk = openjtalk()
@@ -159,7 +161,8 @@ def text_to_words(text: str, words: Path | None = None) -> list[Word]:
         words: path of a user dictionary (see `user_dictionary.read_words`).
 
     Raises:
-        DataError: the text has no words or has letters without a reading, or the user dictionary is invalid.
+        DataError: the text has no words, has letters without a reading or is too long, or the user dictionary
+            is invalid.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     result = features_to_words(analyze(text, words))
@@ -172,7 +175,7 @@ def text_to_phones(text: str) -> tuple[tuple[str, ...], ...]:
     """Convert a Japanese text to the phones of its words, in the format of `Utterance.words`.
 
     Raises:
-        DataError: the text has no words or has letters without a reading.
+        DataError: the text has no words, has letters without a reading or is too long.
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     return tuple(word.phones for word in text_to_words(text))

@@ -51,7 +51,7 @@ _SUBTITLE = r"[^~、。\s]*~(?:[\s、。」』!?)]|$)"  # a subtitle between wav
 
 
 def _digits(match: re.Match[str]) -> str:
-    """Spell out a phone number digit by digit, reading hyphens as の."""
+    """Spell out a phone number or postal code digit by digit, reading hyphens as の."""
     return "".join("ノ" if char == "-" else _DIGIT_NAMES[int(char)] for char in match[0])
 
 

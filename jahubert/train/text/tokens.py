@@ -18,7 +18,7 @@ Unit = Literal["word", "phone", "kana", "character", "token"]
 
 
 class Tokenizer:
-    """Tokenizer for lines of text, which also collects the pronunciations of words.
+    """Tokenizer for lines of text. For the unit `word`, it also collects the pronunciations of the words.
 
     Units:
         word: words as written. pyopenjtalk-plus determines their boundaries and readings.
