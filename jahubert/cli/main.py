@@ -94,8 +94,8 @@ def model_source(args: argparse.Namespace) -> str | Path:
     path = builtin_model()
     if path is None:
         raise CheckpointError(
-            "this installation has no built-in model; give one with --model: a bundle folder from a training "
-            "stage, or a Hub name such as owner/model"
+            "this installation has no built-in model; give one with --model, for example a bundle from a "
+            "training stage or a Hub name such as owner/model"
         )
     return path
 

@@ -94,6 +94,6 @@ def _local_path(source: str | os.PathLike[str]) -> Path | None:
         return path
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise CheckpointError(
-            f"{name}: no such model folder or file; give a bundle, a model file or a Hub name (owner/model)"
+            f"{name}: no such model folder or file; give a folder, a file or a Hub name (owner/model)"
         )
     return None

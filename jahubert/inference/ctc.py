@@ -114,7 +114,7 @@ def beam_search(
     Args:
         logp_BSV: log-probabilities.
         n_frames_B: number of valid frames in each row.
-        beam: number of prefixes that are kept after each frame.
+        beam: number of prefixes of each row that are kept after each frame.
         n_best: number of hypotheses to return per row.
         blank: index of the blank symbol.
         fusion: language model, lexicon or both, which affect the ranking at every frame.

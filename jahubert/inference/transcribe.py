@@ -239,7 +239,7 @@ class Transcriber:
         if source is None:
             raise CheckpointError(
                 "this installation has no built-in model; give a fine-tuned model "
-                "(on the command line: --model): a bundle folder or a Hub name"
+                "(on the command line: --model): a folder, a file or a Hub name"
             )
         bundle = load_bundle(source)
         if bundle.ctc is None or bundle.phonemes is None:

@@ -150,7 +150,7 @@ def power_spectrum(wav_T: Tensor, grid: FrameGrid) -> Tensor:
 
 
 def _windowed_power(frames_SW: Tensor, window_W: Tensor, n_fft: int) -> Tensor:
-    """Return the power spectrum (S, K) of frames whose mean is removed before they are windowed."""
+    """Subtract the mean of each frame, apply the window, and return the power spectrum (S, K)."""
     return power(torch.fft.rfft((frames_SW - frames_SW.mean(1, keepdim=True)).mul_(window_W), n_fft))
 
 
@@ -186,7 +186,7 @@ def _relative_levels(band_SF: Tensor) -> Tensor:
 
 
 def _spectral_change(shape_SF: Tensor) -> Tensor:
-    """Return the mean absolute change in the relative band levels within `_LAG` frames in dB, (S,)."""
+    """Return the mean absolute change (S,) of the relative band levels within `_LAG` frames, in dB."""
     change_S = shape_SF.new_zeros(len(shape_SF))
     if len(shape_SF) > _LAG:
         change_S[:-_LAG] = (shape_SF[_LAG:] - shape_SF[:-_LAG]).abs().mean(1)

@@ -54,7 +54,7 @@ def is_transformed() -> bool:
 
 
 def usable(part: nn.Module) -> bool:
-    """Return whether kernels may compute `part` (a model or its front end) in the current forward pass.
+    """Return whether kernels may compute `part` (a model, front end or unit head) in this forward pass.
 
     Kernels read the weights of modules without calling the modules, and compute on packed frames instead of a
     padded batch. They are used except in these cases:

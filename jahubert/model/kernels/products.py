@@ -20,7 +20,7 @@ from jahubert.model.kernels.dispatch import is_tracing
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.precision import autocast_dtype
 
-MIN_MULTIPLICATIONS = 2**20  # smaller products take less time than the call of oneDNN
+MIN_MULTIPLICATIONS = 2**20  # below this, calling oneDNN takes more time than the product
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
