@@ -199,7 +199,7 @@ def check_results(folder: Path) -> float:
 
 
 def compare(name: str, actual, expected) -> float:
-    """Return the largest difference between two arrays. Raise CheckFailed if it exceeds the tolerance."""
+    """Return the largest difference between two arrays. Raise CheckFailed unless they agree."""
     import numpy as np
 
     for what, a, b in (("type", actual.dtype, expected.dtype), ("shape", actual.shape, expected.shape)):

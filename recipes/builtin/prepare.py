@@ -72,7 +72,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     """Yield rejected items, and the utterances of train, dev, dev_joined, dev_cv, dev_made and the test sets.
 
     The test sets are test_low, test_high, test_joined, test_cv, test_cv_phone, test_cv_noise, test_made and
-    test_real. `data` is the corpus of the `tofugu` recipe.
+    test_real. Splits of sources that the options leave out are missing. `data` is the corpus of the `tofugu`
+    recipe.
 
     Raises:
         ConfigError: options of the words are inconsistent, or a package for neural voices is not installed.
@@ -152,7 +153,8 @@ def _voice(item: Utterance) -> str:
 def _texts(words: list[str], seen: set[str], seed: int) -> Iterator[str]:
     """Endlessly yield texts of up to seven random words, excluding words that Open JTalk misreads.
 
-    Texts whose letters and digits are in `seen` are skipped; those of all other texts are added to `seen`.
+    Texts whose letters and digits are in `seen` are skipped. The letters and digits of yielded texts are
+    added to `seen`.
     """
     readable = [word for word in words if _is_readable(word)]
     if not readable:

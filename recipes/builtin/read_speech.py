@@ -64,7 +64,7 @@ class Config:
 def sentences(
     folder: Path, work: Path, config: Config, seed: int, held_out: Collection[str]
 ) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of the splits train, dev_cv, test_cv, test_cv_phone and test_cv_noise.
+    """Yield the utterances of train, dev_cv, test_cv, test_cv_phone and test_cv_noise, and rejected items.
 
     Args:
         folder: folder that contains `transcripts.tsv`.
@@ -112,7 +112,7 @@ def sentences(
 
 
 def other_languages(folder: Path, work: Path) -> Iterator[Utterance | Rejected]:
-    """Yield recordings without text for pretraining, all in the `train` split."""
+    """Yield recordings without text for pretraining, all in the `train` split, and rejected recordings."""
     rows = read_rows(folder / "clips.tsv", ("file", "speaker"))
     for _, item in _converted(folder, rows, work / "other", "other"):
         yield item if isinstance(item, Rejected) else replace(item, split="train")

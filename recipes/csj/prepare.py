@@ -52,7 +52,8 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
     All transcripts are checked before any audio is read, so that problems are reported within minutes. The
     test sets are yielded first, followed by dev and by the training talks in random order, so that the first
-    part of the training data is a representative sample. Channels of stereo files are written to `work` as
+    part of the training data is a representative sample. With `dev=kaldi`, dev consists of the first
+    utterances of the training talks, in order of their ids. Channels of stereo files are written to `work` as
     FLAC files. The numbers of talks, utterances, hours and words in every split are logged.
 
     Raises:

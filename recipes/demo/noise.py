@@ -16,7 +16,7 @@ def add_noise(wave_T: np.ndarray, *, level_db: float, snr_db: float, tilt: float
         seed: random seed for the noise.
 
     Returns:
-        The mixture, int16 (T,), which is scaled down if it would clip.
+        The mixture, int16 (T,), scaled down if its peak would exceed 0.99 of full scale.
     """
     wave_T = wave_T * np.float32(10 ** (level_db / 20) / np.sqrt(np.mean(wave_T**2)))
     n = len(wave_T)

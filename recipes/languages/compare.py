@@ -58,8 +58,8 @@ def pretraining_jobs(tree: dict[str, Any]) -> list[list[str]]:
 def table(exp: Path, systems: list[str]) -> str:
     """Format the error rates of all systems in Markdown.
 
-    The PERs of the other systems are compared with that of the system that was pretrained on Japanese and
-    fine-tuned on the same labels.
+    The PER of each system that was not pretrained on Japanese is compared with that of a system that was
+    pretrained on Japanese and fine-tuned on the same labels.
     """
     lines = [
         "| system | labels, min | updates | PER, % | difference from `japanese` | p | kana CER, % |",

@@ -72,7 +72,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 
 def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
-    """Yield the utterances of all splits, those of the training split in random order."""
+    """Yield the utterances of all splits, those of train in random order, and rejected recordings."""
     for item in read_speech.sentences(data, work, config.clips, seed, set()):
         japanese_training = isinstance(item, Utterance) and item.split == "train"
         if isinstance(item, Utterance) and item.split not in ("train", "dev_cv", "test_cv"):

@@ -38,8 +38,8 @@ _PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]+)\n")
 def index_shards(shards: Sequence[Path], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
     """Yield the indices of all shards in order. Up to `processes` processes create those that are missing.
 
-    An index has the columns `names`, `offsets`, `lengths` (bytes) and `n_samples` (16 kHz), with one row per
-    recording, and a list `broken` with [name, reason, detail] of each unusable recording.
+    An index has the columns `names`, `offsets` (bytes), `lengths` (bytes) and `n_samples` (16 kHz), with one
+    row per recording, and a list `broken` with [name, reason, detail] of each unusable recording.
 
     Raises:
         DataError: a shard cannot be read.

@@ -134,7 +134,7 @@ def read_table(
 
 
 def _extract(audio: Mapping[str, Any], folder: Path, row: int) -> Path:
-    """Write the audio in a row of a Hugging Face dataset to a file, unless the file exists."""
+    """Write the audio in a row of a Hugging Face dataset to a file, unless it exists with the same size."""
     name = Path(str(audio.get("path") or "audio")).name[-60:]
     path = folder.absolute() / f"{row:07d}-{name}"
     if not path.is_file() or path.stat().st_size != len(audio["bytes"]):

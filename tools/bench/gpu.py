@@ -79,7 +79,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -> float:
-    """Measure the peak memory of a step's activations in MB, once gradients and moments exist."""
+    """Measure the peak memory of a step's activations in MB, once gradients and moments exist (CPU: 0)."""
     if trainer.device.type == "cpu":
         return 0.0
     trainer.step(batch, keep_gradients=True)

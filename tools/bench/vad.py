@@ -51,7 +51,7 @@ def phones(transcript: jahubert.Transcript) -> list[str]:
 
 
 def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
-    """Return the fraction of frames detected as speech, among those within 20 dB of the loudest frame."""
+    """Return the fraction of loud frames (within 20 dB of the loudest) that are detected as speech."""
     _, speech_S = prepare_speech(wav_T, asr.grid, asr.vad == "silero")
     level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
     return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())

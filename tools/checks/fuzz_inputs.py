@@ -182,7 +182,8 @@ def damage_model_file(path: Path, rng: random.Random) -> None:
 def write_texts(folder: Path, audio: list[Path]) -> dict[str, list[str]]:
     """Write one valid file of each kind below `folder`, and return the command that reads each file, by name.
 
-    In the commands, FILE stands for the file, ROOT for a copy of `folder`, and OUT for an output folder.
+    In the commands, FILE stands for the file, ROOT for a copy of `folder`, OUT for an output folder, and
+    MODEL for a recognizer.
     """
     seconds = 0.5
     files: dict[str, str | list[Any]] = {
