@@ -72,7 +72,7 @@ def split(source: AudioBytes) -> list[Part]:
 
 def _check_end(end: int, size: int, name: str) -> None:
     if end > size:
-        raise AudioError(f"{name} is truncated: its header states {end} bytes, but it has {size}")
+        raise AudioError(f"{name} is truncated: it has {size} bytes, but its header states {end}")
 
 
 def _is_placeholder(length: int, header: int) -> bool:
@@ -208,7 +208,7 @@ def _aiff_end(file: BinaryIO, name: str) -> int:
 
 
 def _caf_end(file: BinaryIO, name: str) -> int:
-    """Return the end of a Core Audio file's samples according to its header, or 0 if it is not stated."""
+    """Return the end of a Core Audio file's samples that its header states, or 0 if it states none."""
     for start, kind, length in _chunks(file, 8, _CAF_CHUNK, name):
         if length >= 0 and kind == b"data":  # if the length is -1, the samples extend to the end of the file
             return start + length

@@ -140,7 +140,7 @@ class SoundFileDecoder:
         self.rate = self.file.samplerate
         if is_truncated(self.file, source.file):
             self.file.close()
-            raise AudioError(f"{self.name} is truncated: its header states more samples than it contains")
+            raise AudioError(f"{self.name} is truncated: it contains fewer samples than its header states")
         # In MP3 files, seeking is not sample-exact. FLAC files written to a pipe do not state a length.
         self.seekable = self.file.format != "MP3" and self.file.frames < _UNKNOWN
 

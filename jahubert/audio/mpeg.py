@@ -139,7 +139,7 @@ def _read_stream(data: _Window, start: int, name: str) -> tuple[Stream, int]:
     if not n_frames:
         end = min(size, start + first.length)
     if stated is not None and (n_frames < stated - 1 or (incomplete and n_frames < stated)):
-        raise AudioError(f"{name} is truncated: its header states {stated} MP3 frames, but it has {n_frames}")
+        raise AudioError(f"{name} is truncated: it has {n_frames} MP3 frames, but its header states {stated}")
     tagged = stated is not None and n_frames <= stated + 1
     # Layers 1 and 2 have no header frame. Decoders compute the length from the constant bitrate.
     prefix = b"" if tagged or first.kind[1] != 3 else _header_frame(data[start : start + 4], n_frames)

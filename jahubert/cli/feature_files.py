@@ -35,7 +35,7 @@ Source = dict[str, Any]
 
 @contextmanager
 def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFiles]:
-    """Lock the folder of an output for this run, and yield its writer.
+    """Lock the folder of an output for this run, and yield a `FeatureFiles` for it.
 
     Args:
         output: a folder, or a .safetensors file that `FeatureFiles.finish` assembles from the folder

@@ -62,7 +62,7 @@ def convert(
     if not difference <= TOLERANCE:
         raise CheckpointError(
             f"{target} was written, but its outputs differ from those of {source} by up to {difference:.2g}; "
-            "do not use it, and report this problem"
+            "do not use the result, and report this problem"
         )
     return Conversion(tuple(notes), difference)
 

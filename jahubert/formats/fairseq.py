@@ -1,9 +1,10 @@
-"""Reader for HuBERT checkpoints of fairseq and s3prl, and writer for those of fairseq, without importing it.
+"""Reader for HuBERT checkpoints of fairseq and s3prl, and writer for those of fairseq.
 
-A checkpoint contains settings (`cfg`, or `args` in older files), weights (`model`) and the dictionaries of
-its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps the pretrained one and its settings.
-s3prl keeps the same weights under `model_weight`. Dictionaries begin with four special symbols, so a codebook
-of K units has K + 4 rows. The first special symbol, `<s>`, is the CTC blank.
+Neither package is imported. A checkpoint of fairseq contains settings (`cfg`, or `args` in older files),
+weights (`model`) and the dictionaries of its targets (`task_state`). A fine-tuned model (`hubert_ctc`) wraps
+the pretrained one and its settings. s3prl keeps the same weights under `model_weight`. Dictionaries begin
+with four special symbols, so a codebook of K units has K + 4 rows. The first special symbol, `<s>`, is the
+CTC blank.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
 
 
 def _unavailable(name: str, error: Exception) -> CheckpointError:
-    """Return an error that states the root cause, which messages of huggingface_hub may hide, in one line."""
+    """Return a one-line error that states the root cause, which messages of huggingface_hub may hide."""
     reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
     return CheckpointError(
         f"{name}: no such file or folder, and not available on the Hub ({reason}); without internet access, "

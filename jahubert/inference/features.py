@@ -283,7 +283,7 @@ class UnitExtractor:
         if centroids_KD.dim() != 2 or centroids_KD.shape[1] != features.dim:
             raise CheckpointError(
                 f"centroids of shape {tuple(centroids_KD.shape)} do not match features of {features.dim} "
-                "dimensions; they belong to another model"
+                "dimensions; the centroids belong to another model"
             )
         self.features = features
         self.centroids_KD = centroids_KD.float().cpu()

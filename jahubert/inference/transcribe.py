@@ -167,9 +167,9 @@ class Transcriber:
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16 if
             the hardware supports it, otherwise float32.
         lm: path of an ARPA file with an n-gram model over the symbols, or over the words in `lexicon` if
-            given. If neither `lm` nor a lexicon is given, `from_pretrained` uses the n-gram of the model, if
-            it has one, with the weight and bonus stored there; lm=None prevents this.
-        lexicon: path of a file of the words to recognize, with one word and its symbols per line.
+            given. If neither `lm` nor a lexicon is given, `from_pretrained` uses the n-gram, weight and bonus
+            of the model, if it has an n-gram; lm=None prevents this.
+        lexicon: path of a file with the words to recognize, one word and its symbols per line.
         lm_weight: factor for the log-probability of the language model (default: 0.5).
         word_bonus: score added per word, or per symbol without a lexicon (default: 0).
         calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
