@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+import yaml
 from fixtures.sounds import syllables
 
 import jahubert
@@ -256,6 +257,15 @@ def test_settings_reference_is_current() -> None:
         [sys.executable, REPO / "tools" / "settings_reference.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_settings_reference_has_every_common_setting() -> None:
+    """Defaults may contain references in the middle, as in `${exp}/iter${iterations}/pretrain`."""
+    conf = yaml.safe_load((REPO / "conf" / "config.yaml").read_text(encoding="utf-8"))
+    common = {key for key, value in conf.items() if not isinstance(value, dict | list)}
+    page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = page.partition("## Common settings")[2].partition("\n## ")[0]
+    assert not [key for key in common if f"| `{key}` |" not in section]
 
 
 def test_every_setting_has_a_description() -> None:
