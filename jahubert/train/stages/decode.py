@@ -80,7 +80,7 @@ class Config:
     # Whether to remove DC offset and hum, normalize the level, and (except for alignment) suppress symbols
     # outside speech.
     vad: bool = True
-    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Maximum seconds of audio per batch, including padding. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
 

@@ -57,7 +57,7 @@ class Config:
     split: str = split_field("train")  # split from which frames are sampled
     sample_frames: int = 2_000_000  # number of frames to sample; all frames if the split has fewer
     seed: int = 0  # random seed for drawing the frames
-    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process

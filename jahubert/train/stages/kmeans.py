@@ -38,14 +38,14 @@ class Config:
     # Implementation of k-means; sklearn ignores n_init, max_iter and lloyd_frames.
     backend: Literal["torch", "faiss", "sklearn"] = "torch"
     n_init: int = 3  # number of initializations, of which the best one is used
-    max_iter: int = 100  # maximum number of passes over all frames or the sample of lloyd_frames frames
+    max_iter: int = 100  # maximum number of passes over all frames, or over a sample (see lloyd_frames)
     # Maximum number of frames for Lloyd's algorithm. If there are more, the algorithm runs on a sample of
     # this size, and one mini-batch pass over all frames follows (backend torch only).
     lloyd_frames: int = 10_000_000
     held_out: float = 0.02  # fraction of the frames that are held out to evaluate the centroids
     seed: int = 0  # random seed for held-out frames, samples and initial centroids
-    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
-    # Whether to warn or raise an error if too few clusters are used or a cluster is too large (see
+    device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
+    # Whether to warn or raise an error if the clusters are used too rarely or too unevenly (see
     # jahubert/train/evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 

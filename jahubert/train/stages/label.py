@@ -61,12 +61,12 @@ class Config:
     feature: str | None = runtime_field(None)
     compare_with: Path | None = runtime_field(None)  # label store that should contain the same units
     shard_size: int = runtime_field(2000)  # number of utterances per intermediate file
-    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
-    # Whether to warn or raise an error if too few units are used, a unit is too frequent, or `compare_with`
-    # differs (see jahubert/train/evaluation/unit_checks.py).
+    # Whether to warn or raise an error if units are used too rarely or too unevenly, or differ from those in
+    # `compare_with` (see jahubert/train/evaluation/unit_checks.py).
     on_bad_units: OnBadUnits = runtime_field("warn")
 
     def __post_init__(self) -> None:

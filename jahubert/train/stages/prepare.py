@@ -60,7 +60,7 @@ class Config:
     # audio is intact, the manifest lists the same utterances in both cases.
     check_audio: bool = runtime_field(True)
     # Maximum share of utterances that may be rejected for unusable audio. If this share is exceeded and more
-    # than one utterance is rejected, the stage ends with an error. 0: any unusable audio is an error.
+    # than one such utterance is rejected, the stage ends with an error. 0: any unusable audio is an error.
     max_unusable: float = runtime_field(0.05)
 
     def __post_init__(self) -> None:

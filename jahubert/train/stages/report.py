@@ -46,7 +46,7 @@ class Config:
     # evaluation.
     layer_frames: int = 20_000
     seed: int = 0  # random seed for drawing the frames of `layer_frames` and for clustering them
-    device: str = "auto"  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
 
     def __post_init__(self) -> None:
         raise_config_errors(range_errors(self, {"at least 0": ("examples", "layer_frames")}))

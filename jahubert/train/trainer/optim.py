@@ -52,7 +52,7 @@ class TrainConfig:
     # Whether to compile the Transformer blocks with torch.compile. All micro-batches are then padded to the
     # same shape, so that the blocks are compiled only once.
     compile: bool = runtime_field(False)
-    device: str = runtime_field("auto")  # cpu, cuda, or one GPU such as cuda:1; auto: a GPU if available
+    device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     workers: int = runtime_field(0)  # number of DataLoader workers per process; 0: no separate workers
     log_every: int = runtime_field(50)  # number of steps between log lines
     # Destination of training curves in addition to metrics.jsonl: TensorBoard event files, or a Weights &
