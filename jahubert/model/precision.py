@@ -76,8 +76,16 @@ def quantize_int8(model: T, device: torch.device) -> T:
 
 def _cpu_has_bf16() -> bool:
     # mkldnn._is_mkldnn_bf16_supported is also true for AVX-512 without bf16, where bfloat16 is emulated.
-    cpu = torch.cpu
+    return cpu_has_amx() or _cpu_supports("_is_avx512_bf16_supported")
+
+
+def cpu_has_amx() -> bool:
+    """Return whether the CPU multiplies matrices in hardware (Intel AMX)."""
+    return _cpu_supports("_is_amx_tile_supported")
+
+
+def _cpu_supports(function: str) -> bool:
     try:
-        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+        return bool(getattr(torch.cpu, function)())
     except (AttributeError, RuntimeError):  # some versions of torch lack these private functions
         return False

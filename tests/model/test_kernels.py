@@ -18,6 +18,7 @@ from jahubert.model.hubert import (
     PositionalConv,
 )
 from jahubert.model.kernels import attention, conv_frontend, products
+from jahubert.model.kernels import positional_conv as positional_conv_kernel
 from jahubert.model.kernels.attention import attend, self_attention
 from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
@@ -304,6 +305,24 @@ def test_positional_convolution_equals_the_plain_module(kernel, function):
     expected = packing.pack(module(packing.unpack(x_ND)))[: packing.n_valid]
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(output, expected, [x_ND, *module.parameters()], 1e-5)
+
+
+@pytest.mark.parametrize(("has_amx", "tolerance"), [(True, 3e-2), (False, 1e-2)])
+def test_positional_convolution_in_bfloat16_is_close_to_float32(has_amx, tolerance, monkeypatch):
+    """Without AMX, only the input and the output are rounded to bfloat16."""
+    monkeypatch.setattr(positional_conv_kernel, "cpu_has_amx", lambda: has_amx)
+    torch.manual_seed(0)
+    module = randomized(
+        PositionalConv(HubertConfig(width=64, heads=4, pos_conv_kernel=16, pos_conv_groups=4))
+    )
+    packing = Packing([70, 9, 40], 70, CPU)
+    x_ND = torch.randn(packing.n_rows, 64).bfloat16()
+    expected = module(packing.unpack(x_ND.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = positional_conv(module, x_ND, packing)
+    assert output.dtype is torch.bfloat16
+    error = (output[: packing.n_valid].float() - packing.pack(expected)[: packing.n_valid]).abs().max()
+    assert error < tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])

@@ -4,7 +4,7 @@ The method is overlap-save with windows of twice the kernel size. Each frequency
 product per group, and the Fourier transforms are matrix products as well. The method takes a quarter of the
 operations of a direct convolution with 128 taps and has smaller rounding errors. It computes in at least
 float32, whereas by default, a GPU's own convolution uses TF32. On a CPU, the direct convolution is used where
-it is faster, that is, in lower precision (autocast) and for short batches.
+it is faster, that is, for short batches and, on CPUs with AMX, in lower precision (autocast).
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from jahubert.model.kernels.indexing import concat_ranges, index_tensors, to_device_async
 from jahubert.model.kernels.packing import SPAN, Packing
-from jahubert.model.precision import autocast_dtype
+from jahubert.model.precision import autocast_dtype, cpu_has_amx
 
 if TYPE_CHECKING:
     from jahubert.model.hubert import PositionalConv
@@ -32,7 +32,8 @@ def positional_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> T
     """Apply `module` to packed frames, with zero padding around each utterance."""
     # For short batches, transforming the weights would take more time than it saves.
     short = len(x_ND) < 4 * module.conv.kernel_size[0]
-    if x_ND.device.type == "cpu" and (short or autocast_dtype(x_ND) is not torch.float32):
+    lower = autocast_dtype(x_ND) is not torch.float32
+    if x_ND.device.type == "cpu" and (short or (lower and cpu_has_amx())):
         return _direct(module, x_ND, packing)
     return frequency_domain_conv(module, x_ND, packing)
 
