@@ -172,7 +172,7 @@ def _mel_filters(window: int) -> Tensor:
 
 
 def _relative_levels(band_SF: Tensor) -> Tensor:
-    """Return the band levels of each frame in dB relative to the mean over its bands.
+    """Return the band levels of each frame in dB relative to their mean.
 
     The power is smoothed over 3 frames, and a floor is added 40 dB below the loudest band of each frame.
     """

@@ -2,8 +2,9 @@
 
 All waveforms of a batch are concatenated in (time, channel) order, each padded with zeros to whole tiles of
 8 output frames. A convolution with stride `s` is then a matrix product over rows of `s` input frames, plus,
-for the remaining taps, products over the same rows shifted by one or more. Rows that extend past the end of
-an utterance contain arbitrary values. No valid frame depends on these rows, and they are dropped at the end.
+for the remaining taps, products over the same rows shifted by one or more rows. Rows that extend past the end
+of an utterance contain arbitrary values. No valid frame depends on these rows, and they are dropped at the
+end.
 
 The group norm after the first layer (HuBERT base) scales every channel by its statistics over the whole
 utterance. As the convolution is linear in its few taps, the statistics follow from the mean and covariance of
