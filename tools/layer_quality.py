@@ -2,8 +2,8 @@
 
     python tools/layer_quality.py exp/demo --clusters 100 500 --frames 100000
 
-The experiment report contains the same measures for 100 units and 20,000 frames. Phone times come from the
-corpus or, if the corpus has none, from the forced alignment of `decode.align_splits`.
+The experiment report contains the same measures for at most 100 units and 20,000 frames. Phone times come
+from the corpus or, if the corpus has none, from the forced alignment of `decode.align_splits`.
 """
 
 import argparse

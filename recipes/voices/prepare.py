@@ -55,7 +55,8 @@ class Config:
     texts: str | None = None
     # Files of sentences to exclude, in the same formats.
     exclude: tuple[str, ...] = ()
-    # Fraction of the sentences from the demo recipe. After those of `texts`, all come from the demo recipe.
+    # Fraction of the sentences that come from the demo recipe. Unless it is 0, they are also used
+    # when those of `texts` run out.
     own_share: float = 0.25
     minutes: float = 60.0  # total duration of all splits, without neural_minutes
     dev_share: float = 0.03  # fraction of the minutes in dev

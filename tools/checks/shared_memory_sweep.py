@@ -1,4 +1,4 @@
-"""Check of the stages that read audio in worker processes, with a small or full /dev/shm.
+"""Check of the stages features, label, pretrain, finetune and decode with a small or full /dev/shm.
 
     python tools/checks/shared_memory_sweep.py
     python tools/checks/shared_memory_sweep.py --workers 2 --only label
@@ -73,7 +73,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 8], help="numbers of reading processes")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[2, 8], help="numbers of workers; not used by decode"
+    )
     parser.add_argument("--only", nargs="+", default=READS_AUDIO, choices=READS_AUDIO, help="stages to run")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
