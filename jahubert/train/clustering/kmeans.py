@@ -27,7 +27,7 @@ class KmeansResult:
 
 
 def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
-    """Cluster frames with k-means. The frames and the options determine the result.
+    """Cluster frames with k-means.
 
     Args:
         frames_ND: frames (N, D) of any floating-point dtype, in memory or in a file. They must be the same in

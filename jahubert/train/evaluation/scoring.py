@@ -179,7 +179,7 @@ def _item_text(item: Any) -> str:
 def published_table(
     published: Mapping[str, Mapping[str, float]], results: Sequence[tuple[str, Mapping[str, float]]]
 ) -> str:
-    """Format published WERs and `results` (name, WER by set) as a table with one column per set.
+    """Format published WERs and `results` (name, WER by set) as a table with one column per published set.
 
     Return an empty string if there are no published rows or no results.
     """

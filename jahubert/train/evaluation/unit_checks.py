@@ -23,7 +23,8 @@ OnBadUnits = Literal["warn", "error"]
 
 _MIN_USED = 0.9  # minimum fraction of units that occur
 _MIN_PERPLEXITY = 0.25  # minimum perplexity, as a fraction of the number of units
-_MAX_SHARE = 0.3  # maximum fraction of frames with the same unit; silence usually has 0.1 to 0.2
+# Maximum share of the most frequent unit, unless 3 / n_units is higher. Silence usually has 0.1 to 0.2.
+_MAX_SHARE = 0.3
 _ROUNDING = 1e-3  # fraction of frames that may differ because of rounding on different devices
 _SHIFTS = (-2, -1, 1, 2)  # shifts to test, in frames
 _SCAN = 1 << 20  # number of frames to compare at a time

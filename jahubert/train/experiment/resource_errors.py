@@ -105,8 +105,8 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
     except JahubertError:
         raise
     except BaseException as error:
-        # torch raises a RuntimeError in a signal handler, so the error can occur anywhere. While saving a
-        # checkpoint, torch wraps the error in a CheckpointException, which is not an Exception.
+        # torch raises the RuntimeError about a killed worker in a signal handler, so it can occur anywhere.
+        # While saving a checkpoint, torch wraps it in a CheckpointException, which is not an Exception.
         match = _WORKER_KILLED.search(str(error))
         trained = getattr(config, "train", None)
         workers = getattr(trained or config, "workers", 0)

@@ -63,8 +63,8 @@ class MeasuredRates(NamedTuple):
 MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
 # Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24
 # according to `step_flops`. GPUs older than Ampere lack variable-length flash attention. For them, 0.1 is
-# assumed, because published runs of HuBERT base without it reach 0.088 (the paper: 100,000 updates in 9.5 h
-# on 32 V100) and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
+# assumed, because published runs of HuBERT base without it reach 0.088 (HuBERT paper: 100,000 updates in
+# 9.5 h on 32 V100) and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
 # Assumed fraction of the float32 peak. It is higher than in 16 bits, because matrix products take longer
 # compared with the overhead. An H200 reaches 0.5 in feature extraction.

@@ -30,7 +30,7 @@ from jahubert.model.precision import autocast
 from jahubert.train.trainer.micro_batch import front_end_bytes
 from jahubert.train.trainer.parallel import wrap_blocks
 
-MASKED = 0.57  # fraction of masked frames with the paper's mask settings
+MASKED = 0.57  # fraction of masked frames with the mask settings of the HuBERT paper
 _ROWS = 4  # number of utterances; the difference between counts for _ROWS and 2 * _ROWS has no constant terms
 # Number of additional values that attention stores per frame and layer on a GPU, as a multiple of the width.
 # In 16 bits, attention stores its output both packed and as a padded tensor.

@@ -39,7 +39,7 @@ class Example:
     has_phones: bool  # whether symbols are phones, which are displayed as kana
     audio: str = ""  # data URI of an MP3
     figure: str = ""  # data URI of the figure
-    note: str = ""  # reason if audio is missing
+    note: str = ""  # reason if the audio is missing or unusable
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jahubert.train.evaluation.unit_checks import usage_statistics
 from jahubert.train.experiment.progress import progress
 from jahubert.train.experiment.provenance import DONE
 
-LAYER_UNITS = 100  # number of units fitted to each layer and to MFCCs, or less if there are too few frames
+LAYER_UNITS = 100  # number of units fitted to each layer and to MFCCs; fewer if there are too few frames
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-# The settings of base_10h, fairseq's only ones for fine-tuning HuBERT; conf/finetuning has other presets.
-# The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates, but training
-# ends after 17,000 of them. Therefore, final_lr is 0.05 ** (17 / 72) = 0.493.
+# The settings of base_10h, fairseq's only configuration for fine-tuning HuBERT; conf/finetuning has other
+# presets. The learning rate rises for 8,000 updates. It would then decay to 5 % within 72,000 updates, but
+# training ends after 17,000 of them. Therefore, final_lr is 0.05 ** (17 / 72) = 0.493.
 _TRAIN = TrainConfig(
     max_steps=25_000,
     batch_seconds=1600.0,
@@ -78,7 +78,7 @@ class Config:
     train: TrainConfig = _TRAIN
     mask: MaskConfig = _MASK
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    fraction: float = 1.0  # fraction of the labeled training utterances to use, in manifest order
+    fraction: float = 1.0  # fraction of the labeled training utterances to use (the first in the manifest)
     # Maximum hours of training audio. The utterances are drawn at random, after `fraction` is applied. null:
     # no limit.
     hours: float | None = None

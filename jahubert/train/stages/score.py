@@ -50,7 +50,7 @@ _N_CONFUSIONS = 30
 @dataclass(frozen=True)
 class Config:
     hypotheses: Path  # output folder of the decode stage
-    baseline: Path | None = None  # folder with hypotheses of another system, for a paired significance test
+    baseline: Path | None = None  # decode folder of a baseline, for a paired significance test
     # Published WERs (%) to show for comparison, as name: {split: WER}.
     published: dict[str, Any] = field(default_factory=dict)
     calibration_split: str | None = None  # split on which the word confidences are calibrated

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable
 from math import gcd
 
-# Single-character signs, which are replaced before NFKC decomposes them (℃ would become ° and the letter C).
+# Replacements before NFKC, which would decompose some of these signs (℃ to ° and the letter C).
 _SIGNS = {
     **{"℃": "度", "㎏": "キログラム", "㎎": "ミリグラム", "㎞": "キロメートル", "㎝": "センチメートル"},
     **{"㎜": "ミリメートル", "㎡": "平方メートル", "㎥": "立方メートル", "㏄": "シーシー", "ℓ": "L"},
@@ -34,7 +34,7 @@ _SIGNS = {
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
-# Roman numerals are excluded from NFKC, which converts them to letters; the analyzer reads them as numbers.
+# The analyzer reads Roman numerals as numbers. NFKC, which would convert them to letters, skips them.
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
 _DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
 
