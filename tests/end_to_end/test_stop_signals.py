@@ -32,8 +32,12 @@ from jahubert.errors import DataError, JahubertError
 from jahubert.train.data.batches import CropConfig
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.resource_errors import report_oom
+from jahubert.train.experiment.stopping import STOPPING
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.reporting import report_error
+from jahubert.train.pipeline.signals import StopRequested
+from jahubert.train.pipeline.signals import stop_signals as stage_signals
+from jahubert.train.trainer.stop import stop_signals as training_signals
 from jahubert.train.trainer.trainer import Stopped, train
 
 TONES = FIXTURES / "tones"
@@ -78,7 +82,8 @@ def start_slow_workers(out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    ("number", "each"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+    ("number", "each"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGHUP, False)],
 )
 def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each):
     """Launchers and schedulers send signals to the process group or to each process."""
@@ -173,8 +178,16 @@ class Slow(Mfcc):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGTERM, 2),
+        (signal.SIGUSR1, 1),
+        (signal.SIGUSR1, 2),
+        (signal.SIGHUP, 2),
+    ],
+)
 def test_signal_outside_of_training_exits_with_75(tmp_path, number, processes):
     (tmp_path / "slow.py").write_text(SLOW)
     command = [f"recipe={TONES}", f"exp={tmp_path / 'exp'}"]
@@ -244,7 +257,24 @@ def test_signal_is_reported_even_if_interrupted_code_fails_or_swallows_it(capsys
     finally:
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_hangup_is_handled_unless_nohup_disabled_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training_signals() as stop, stage_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(StopRequested), stage_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number in STOPPING:  # after a signal, a process ignores further ones
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, before)
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {

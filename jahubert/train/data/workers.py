@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from jahubert.errors import SharedMemoryError, UserError
-from jahubert.train.experiment import distributed
+from jahubert.train.experiment.stopping import STOPPING
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -92,7 +92,7 @@ def ignore_signals(_: int = 0) -> None:
     Launchers and schedulers send these signals to every process, but the run needs its workers until it has
     finished the current step and saved a checkpoint.
     """
-    for number in distributed.STOPPING:
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

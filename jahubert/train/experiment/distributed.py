@@ -25,11 +25,10 @@ import torch.distributed as dist
 from jahubert.errors import ConfigError, JahubertError, Stopped, UserError
 from jahubert.model import device as devices
 from jahubert.prefetch import usable_cores
+from jahubert.train.experiment.stopping import STOPPING, stopping_signals
 
 T = TypeVar("T")
 
-# Signals that stop a run; Windows has no SIGUSR1.
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 _GRACE = 10.0  # grace period in seconds before SIGTERM is sent, and again before SIGKILL
 
 
@@ -232,7 +231,7 @@ def launch(command: Sequence[str], n: int) -> int:
         for child in children:
             child.send_signal(signum)
 
-    previous = {signum: signal.signal(signum, forward) for signum in STOPPING}
+    previous = {signum: signal.signal(signum, forward) for signum in stopping_signals()}
     try:
         for i in range(n):
             ranks = {"RANK": str(i), "LOCAL_RANK": str(i)}

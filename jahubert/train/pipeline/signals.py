@@ -1,4 +1,4 @@
-"""Handling of the stop signals SIGTERM and SIGUSR1 outside of training."""
+"""Handling of stop signals outside of training, except for SIGINT: Python raises KeyboardInterrupt for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from jahubert.errors import Stopped
+from jahubert.train.experiment.stopping import stopping_signals
 
-# SIGINT is omitted, because Python raises KeyboardInterrupt for it. Windows has no SIGUSR1.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _received: list[str] = []  # recorded here, because interrupted code may replace or swallow the exception
 
 
@@ -36,7 +35,8 @@ def stop_signals() -> Iterator[None]:
             raise StopRequested
 
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, stop) for number in _SIGNALS}
+        numbers = set(stopping_signals()) - {signal.SIGINT}
+        previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jahubert.errors import JahubertError, Stopped
-from jahubert.train.experiment import distributed
+from jahubert.train.experiment.stopping import stopping_signals
 
 
 class StopDeadlineError(JahubertError):
@@ -71,7 +71,7 @@ def stop_signals() -> Iterator[StopSignals]:
     """
     stop, previous = StopSignals(), {}
     try:
-        previous = {number: signal.signal(number, stop.receive) for number in distributed.STOPPING}
+        previous = {number: signal.signal(number, stop.receive) for number in stopping_signals()}
         if hasattr(signal, "setitimer"):  # missing on Windows
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.expire)
             stop.installed = True

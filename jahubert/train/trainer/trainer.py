@@ -147,7 +147,7 @@ def train(
         training metrics.
 
     Raises:
-        Stopped: SIGTERM, SIGUSR1 or SIGINT was received, and a checkpoint was saved.
+        Stopped: a stop signal was received, and a checkpoint was saved.
         ConfigError: the device is unavailable or does not support the precision, there is too little shared
             memory for the DataLoader workers, an update may have fewer utterances than there are processes,
             or the tracker cannot be started.
