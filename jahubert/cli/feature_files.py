@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,17 +49,29 @@ def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFil
         StaleError: the features in the folder were computed with different settings.
     """
     folder = parts_folder(output)
-    # Parts next to a complete file are from a run that ended before it deleted them.
-    if folder != output and output.exists() and not folder.exists():
+    if not folder.exists():
+        _check_incomplete(output)
+    try:
+        with ExitStack() as lock:
+            with _report_unwritable(output):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(run_lock(folder))
+            _check_incomplete(output)  # another run may have completed it in the meantime
+            yield FeatureFiles(output, settings)
+    finally:
+        if folder != output:
+            with suppress(OSError):  # the folder contains parts, or the lock of another run
+                folder.rmdir()
+
+
+def _check_incomplete(output: Path) -> None:
+    """Raise ConfigError if a safetensors file is complete.
+
+    Parts with a record next to the file are from a run that ended before it deleted them.
+    """
+    folder = parts_folder(output)
+    if folder != output and output.exists() and not (folder / RECORD).exists():
         raise ConfigError(f"-o {output} already exists; remove it or choose another name")
-    with ExitStack() as lock:
-        with _report_unwritable(output):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(run_lock(folder))
-        files = FeatureFiles(output, settings)
-        yield files
-    if files.assembled:
-        folder.rmdir()
 
 
 @contextmanager
@@ -79,7 +91,6 @@ class FeatureFiles:
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
         self.folder = parts_folder(output)
-        self.assembled = False  # whether `finish` has assembled the output and deleted its parts
         record = self.folder / RECORD
         if record.exists():
             recorded = _read_record(record)
@@ -172,7 +183,6 @@ class FeatureFiles:
                 remove_folder(path)
             elif path.name != LOCK_NAME:
                 path.unlink()
-        self.assembled = True
 
     def _record(self, key: str) -> None:
         """Record the current source of an output file."""

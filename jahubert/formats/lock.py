@@ -43,6 +43,8 @@ def run_lock(folder: Path) -> Iterator[None]:
                 try:
                     yield
                 finally:
+                    if sys.platform == "win32":  # an open file cannot be removed
+                        file.close()
                     (folder / LOCK_NAME).unlink(missing_ok=True)
                 return
         time.sleep(0.1)  # the other process may only be querying the owner, or be about to finish

@@ -182,17 +182,33 @@ def test_unwritable_output_leaves_no_partial_files(bundle, folder, capsys):
 
 def test_parts_left_next_to_a_complete_file_are_deleted_by_the_next_run(bundle, folder, monkeypatch):
     run = ["features", "--model", bundle, "-o", "all.safetensors", "data/a.wav"]
+    unlink = Path.unlink
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def refuse(path, missing_ok=False):
+        if path.name == feature_files.RECORD:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, missing_ok)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rmdir", refuse)
+        patch.setattr(Path, "unlink", refuse)
         assert main(run) == 2
     content = Path("all.safetensors").read_bytes()
     assert main(run) == 0 and Path("all.safetensors").read_bytes() == content
     assert not Path("all.safetensors.parts").exists()
     assert main(run) == 2
+
+
+def test_lock_left_next_to_a_complete_file_does_not_allow_another_run(bundle, folder, capsys):
+    """A killed run may leave the lock file after it has deleted the record of the settings."""
+    run = ["features", "--model", bundle, "-o", "all.safetensors", "data/a.wav"]
+    assert main(run) == 0
+    content = Path("all.safetensors").read_bytes()
+    Path("all.safetensors.parts").mkdir()
+    Path("all.safetensors.parts", LOCK_NAME).write_text("process 1 on host")
+    assert main([*run, "--layer", "1"]) == 2
+    assert "all.safetensors already exists" in capsys.readouterr().err
+    assert Path("all.safetensors").read_bytes() == content
+    assert sorted(os.listdir()) == ["all.safetensors", "data"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000])
