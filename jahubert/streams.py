@@ -21,9 +21,10 @@ class _StandardError(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            written: int | None = super().write(data)
         except OSError:
-            return len(data)
+            written = None
+        return len(data) if written is None else written  # None if a non-blocking stream is full
 
 
 def open_standard_streams() -> None:
@@ -33,7 +34,9 @@ def open_standard_streams() -> None:
     of closed streams are occupied as well. Otherwise, an output file could get one of them and receive what a
     library prints.
     """
-    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+    is_console = sys.platform == "win32" and sys.stderr is not None and sys.stderr.isatty()
+    # Python writes to a console of Windows as Unicode characters, not as bytes.
+    if sys.stderr is not None and sys.stderr is sys.__stderr__ and not is_console:
         raw = io.BufferedWriter(_StandardError(sys.stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     if None not in (sys.stdin, sys.stdout, sys.stderr):

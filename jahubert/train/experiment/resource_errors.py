@@ -57,8 +57,8 @@ def report_file_errors(out: Path) -> Iterator[None]:
         failure = file_system_error(error, out)
         if failure is not None and failure.errno == errno.EFBIG:
             raise DiskFullError(
-                f"a file exceeds the maximum size (ulimit -f) while writing to {out}: raise the limit and "
-                "rerun the same command; finished work is kept"
+                f"while writing to {out}, a file exceeds the maximum size (ulimit -f, or a limit of the file "
+                "system): raise the limit and rerun the same command; finished work is kept"
             ) from error
         if _is_disk_full(error, failure, out):
             raise DiskFullError(
