@@ -38,7 +38,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# This file imports only the standard library, because `--inside` must start in an incomplete environment.
+# Other packages are imported in functions, because `--inside` must start in an incomplete environment.
 
 REPO = Path(__file__).resolve().parent.parent
 CORE = ("torch", "numpy", "safetensors", "soundfile", "soxr")

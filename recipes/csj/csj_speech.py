@@ -142,8 +142,8 @@ def _phones(kana: str) -> tuple[str, ...]:
 def join_segments(segments: Iterable[SpokenSegment], options: JoinOptions) -> list[SpokenSegment]:
     """Join neighboring segments into utterances within the limits on gaps and length.
 
-    A segment that contains only an event may overlap a speech segment. Such a segment is returned unchanged
-    and does not affect the joining of other segments.
+    Segments without speech (`event_only`), which may overlap other segments, are returned unchanged and do
+    not affect the joining of other segments.
 
     Args:
         segments: the segments of all channels, in transcript order.

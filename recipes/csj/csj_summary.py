@@ -60,7 +60,7 @@ class SplitCount:
 
 
 def log_summary(counts: Mapping[str, SplitCount], rejected: Counter[str], config: SummaryOptions) -> None:
-    """Log the size of every split with published figures, the numbers of rejected items, and empty splits.
+    """Log the size of every split next to published sizes, the numbers of rejected items, and empty splits.
 
     The line of a split with an unexpected number of talks is logged as a warning.
     """

@@ -67,7 +67,7 @@ def find_parquet(data: Path, subset: str) -> list[Path]:
 
 
 def to_tar(shard: Path, folder: Path) -> Shard:
-    """Convert a shard to a tar file in `folder`, unless it has not changed since it was converted.
+    """Convert a shard to a tar file in `folder` if it is new or has changed.
 
     Raises:
         DataError: the shard cannot be read, is damaged or not parquet, or has no audio or caption column.

@@ -5,7 +5,7 @@ time of the shard changes. Several machines with a shared file system can each i
 
     python recipes/reazonspeech/tar_index.py corpus/data exp/reazonspeech/prepare/work/index --part 1/4
 
-`stage=prepare` then finds all indices. Without arguments, this file runs as a worker process of
+`stage=prepare` then uses these indices. Without arguments, this file runs as a worker process of
 `index_shards` and reads the paths of its shards from standard input.
 """
 

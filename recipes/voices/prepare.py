@@ -1,9 +1,9 @@
 """Synthetic corpus of many speakers, whose voices are mixtures of HTS voices.
 
-The recipe uses the voices in a folder and the voice of pyopenjtalk-plus. A speaker is a random mixture of one
-or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed. Phone
-times are exact, because they are the state durations of the engine. Sentences come from a file and from the
-word lists of the `demo` recipe. Speech of a neural model can be added (neural.py).
+The recipe uses the voice of pyopenjtalk-plus and, if given, a folder of voices. A speaker is a random mixture
+of one or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed.
+Phone times are exact, because they are the state durations of the engine. Sentences come from the word lists
+of the `demo` recipe and, if given, from a file. Speech of a neural model can be added (neural.py).
 """
 
 from __future__ import annotations
