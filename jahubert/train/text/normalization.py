@@ -34,7 +34,7 @@ _SIGNS = {
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
-# The analyzer reads Roman numerals as numbers. NFKC, which would convert them to letters, skips them.
+# The analyzer reads Roman numerals as numbers. They are excluded from NFKC, which would yield letters.
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
 _DIGIT_NAMES = ("ゼロ", "イチ", "ニー", "サン", "ヨン", "ゴー", "ロク", "ナナ", "ハチ", "キュー")
 
