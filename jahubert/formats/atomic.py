@@ -145,13 +145,16 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and its content if it exists.
+    """Delete a folder and its content if it exists. For a symbolic link, only the link is deleted.
 
     Raises:
         OSError: part of the folder could not be deleted. The error names `folder`.
     """
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     except FileNotFoundError:
         pass
     except OSError as error:  # the error names only a file inside the folder

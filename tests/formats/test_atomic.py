@@ -308,6 +308,14 @@ def test_folder_that_cannot_be_deleted_is_an_error(tmp_path, monkeypatch):
     assert not names(tmp_path)
 
 
+def test_link_to_a_folder_is_removed_without_its_target(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "0.bin").touch()
+    (tmp_path / "shards").symlink_to("scratch")
+    remove_folder(tmp_path / "shards")
+    assert names(tmp_path) == ["scratch"] and names(tmp_path / "scratch") == ["0.bin"]
+
+
 def test_files_are_closed_before_they_are_renamed_on_windows(tmp_path, monkeypatch):
     """Windows renames and removes only closed files."""
 
