@@ -17,7 +17,7 @@ MAX_THREADS = 4  # one core decodes 80 s of FLAC in 60 to 80 ms; a GPU encodes t
 
 
 def usable_cores() -> int:
-    """Return the number of CPU cores on which this process may run, according to its CPU affinity."""
+    """Return the number of CPU cores in the affinity mask of this process, or of all cores without one."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -156,7 +156,7 @@ def _riff_part(file: BinaryIO, start: int, size: int, name: str) -> tuple[Part, 
 
 
 def _riff_header(file: BinaryIO, start: int, data_start: int, n_bytes: int, order: str) -> bytes:
-    """Create the RIFF header of a WAV file with corrected sizes."""
+    """Create a copy of the RIFF header of a WAV file, with its size fields corrected."""
     file.seek(start)
     header = bytearray(file.read(data_start - start))
     header[:4] = b"RIFX" if order == ">" else b"RIFF"

@@ -348,7 +348,7 @@ class HubertModel(nn.Module):
             raise ConfigError(f"last_layer is {last_layer}, but must be between 0 and {self.config.layers}")
         wrong = [number for number in keep_layers if not 0 <= number <= top]
         if wrong:
-            raise ConfigError(f"keep_layers has {wrong}, but only layers 0 to {top} are computed")
+            raise ConfigError(f"keep_layers contains {wrong}, but only layers 0 to {top} are computed")
 
     def _check_lengths(
         self, wav_BT: Tensor, n_samples_B: Tensor | Sequence[int] | None

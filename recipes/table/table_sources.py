@@ -195,7 +195,7 @@ def _row(
 def _seconds(value: str | float) -> float:
     seconds = float(value)
     if not math.isfinite(seconds):
-        raise ValueError(f"not a time: {value}")
+        raise ValueError(f"not a finite time: {value}")
     return seconds
 
 

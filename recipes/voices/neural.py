@@ -84,7 +84,7 @@ class NeuralLine:
 
 
 def check_installed() -> None:
-    """Raise ConfigError if the packages of the model, onnx or onnxruntime are missing."""
+    """Raise ConfigError if onnx, onnxruntime or a package of the model is missing."""
     missing = [name for name in (*_PACKAGES, "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         packages = " ".join(name.replace("_", "-") for name in missing)

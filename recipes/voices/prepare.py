@@ -2,8 +2,9 @@
 
 The recipe uses the voice of pyopenjtalk-plus and, if given, a folder of voices. A speaker is a random mixture
 of one or two compatible voices with a random vocal tract length, pitch and speed, determined by the seed.
-Phone times are exact, because they are the state durations of the engine. Sentences come from the word lists
-of the `demo` recipe and, if given, from a file. Speech of a neural model can be added (neural.py).
+Phone times are exact, because they are computed from the HTS engine's state durations. Sentences come from
+the word lists of the `demo` recipe and, if given, from a file. Speech of a neural model can be added
+(neural.py).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def metric_rows(out: Path) -> list[dict]:
-    """Return the logged metrics without the times."""
+    """Return the logged metrics without the `timing` entries."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 

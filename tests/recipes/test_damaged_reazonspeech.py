@@ -1,8 +1,9 @@
-"""Tests of damaged copies of ReazonSpeech: damage affects only one shard, and every loss is reported.
+"""Tests of damaged copies of ReazonSpeech: other shards are unaffected, and missing recordings are reported.
 
-Most tests change one file of a release of four shards, as tar or parquet files. The run must then continue,
+Most tests change one file of a release of four shards, as tar or Parquet files. The run must then continue,
 the recordings in the other shards must stay the same, and those in the damaged shard must be unchanged, or
-missing and reported.
+missing and reported. There are two exceptions: a flipped bit may change the caption or length of one
+recording without being detected, and a missing Parquet file cannot be detected.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Tests that documentation examples run, commands parse, links resolve, and generated pages are current.
 
-Every ```python block in README.md and docs/ is executed in a folder with a tiny random model (`bundle/`) and
-noise (`audio.wav`). The blocks on a page share a namespace. Blocks marked ```py are not executed. The
-`jahubert` commands in README.md are executed, and those on other pages are parsed.
+The pages are the Markdown files in the root folder, docs/ and the folders of the recipes, except LOG.md and
+CHANGELOG.md. Every ```python block is executed in a folder with a tiny random model (`bundle/`) and noise
+(`audio.wav`), except in the tutorials that test_tutorials.py executes. The blocks on a page share a
+namespace. Blocks marked ```py are not executed. The `jahubert` commands on all pages are parsed, and those in
+README.md are executed as well.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def mel(hz):
 
 
 def reference(wav_T: np.ndarray) -> np.ndarray:
-    """Compute Kaldi's MFCCs with two deltas from samples in [-1, 1], float64 (frames, 39)."""
+    """Compute Kaldi's MFCCs with first and second deltas, float64 (frames, 39), from samples in [-1, 1]."""
     frames = np.lib.stride_tricks.sliding_window_view(wav_T.astype(np.float64), WINDOW)[::HOP]
     frames = frames - frames.mean(1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)

@@ -243,7 +243,8 @@ def sweep_commands(sweep: Sweep, exp: Path) -> None:
         corpus: lambda: Manifest.verified(corpus),
         exp / "prepare" / DONE: lambda: stage_states(exp),
     }
-    damages = [damage for damage in DAMAGES if damage is not swap]  # any intact folder is valid
+    # There is no second experiment here, so a swap would change nothing.
+    damages = [damage for damage in DAMAGES if damage is not swap]
     for source, command in commands.items():
         for path in files_of(source) if source.is_dir() else [source]:
             sweep.damage("inputs of commands", path, path, partial(error_of, command), damages)

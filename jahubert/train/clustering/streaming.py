@@ -84,7 +84,10 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
             centroids_KD = file.get_tensor("centroids_KD")
             header = json.loads((file.metadata() or {})["header"])
         if centroids_KD.dtype != torch.float32 or centroids_KD.dim() != 2 or not centroids_KD.numel():
-            raise ValueError(f"shape {tuple(centroids_KD.shape)}, dtype {centroids_KD.dtype}")
+            raise ValueError(
+                "centroids_KD must be a nonempty float32 matrix, but has shape "
+                f"{tuple(centroids_KD.shape)} and dtype {centroids_KD.dtype}"
+            )
         if not isinstance(header, dict) or header.keys() - {_CODE} != _HEADER_TYPES.keys():
             raise ValueError("the feature description is missing or incomplete")
         for name, kind in _HEADER_TYPES.items():

@@ -269,7 +269,7 @@ class _Group:
         self._cut(-(-len(lengths) * int(lengths.max()) // capacity))
 
     def longest_part(self) -> int:
-        """Return the number of samples in the longest part including padding."""
+        """Return the length of the longest part in samples, including padding."""
         return max(map(self._padded, self.parts))
 
     def split(self) -> None:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 UNUSABLE_AUDIO = "unusable audio"  # reason for rejecting recordings that cannot be decoded
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
 _BLOCK = 1 << 20  # bytes
-_MAX_DETAIL = 2_000  # maximum length of the details about a rejected item in characters
+_MAX_DETAIL = 2_000  # maximum length, in characters, of the details about a rejected item
 # Errors caused by the path or by writing, for which retrying does not help.
 _PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *DISK_FULL)
 

@@ -121,8 +121,8 @@ def bootstrap_interval(
     """
     if len(errors) != len(lengths) or not len(errors):
         raise DataError(
-            f"bootstrap interval: {len(errors)} error counts and {len(lengths)} lengths, but the "
-            "numbers must be equal and above 0"
+            f"bootstrap interval: {len(errors)} error counts and {len(lengths)} lengths, but "
+            "both sequences must have the same nonzero length"
         )
     error_N, length_N = np.asarray(errors, float), np.asarray(lengths, float)
     rates = _resampled_rates(error_N, length_N, seed, n)
@@ -169,7 +169,7 @@ def paired_bootstrap(
     if not len(errors) == len(baseline_errors) == len(lengths) or not len(errors):
         raise DataError(
             f"paired bootstrap: {len(errors)} and {len(baseline_errors)} error counts and {len(lengths)} "
-            "lengths, but the numbers must be equal and above 0"
+            "lengths, but all three sequences must have the same nonzero length"
         )
     difference_N = np.asarray(errors, float) - np.asarray(baseline_errors, float)
     length_N = np.asarray(lengths, float)
@@ -202,7 +202,8 @@ def joint_counts(phone_N: np.ndarray, unit_N: np.ndarray, n_phones: int, n_units
     phone_N, unit_N = np.asarray(phone_N, np.int64), np.asarray(unit_N, np.int64)
     if phone_N.shape != unit_N.shape or not len(phone_N):
         raise DataError(
-            f"{len(phone_N)} phones and {len(unit_N)} units, but the numbers must be equal and above 0"
+            f"{len(phone_N)} phones and {len(unit_N)} units, but both sequences must have the same nonzero "
+            "length"
         )
     for name, index_N, n in (("phones", phone_N, n_phones), ("units", unit_N, n_units)):
         if index_N.min() < 0 or index_N.max() >= n:

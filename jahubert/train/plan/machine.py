@@ -56,7 +56,7 @@ class MeasuredRates(NamedTuple):
     """Rates of one GPU with HuBERT base, measured in seconds of audio per second (docs/performance.md)."""
 
     training: float  # training in bfloat16 with micro-batches of at least 300 s and mixed lengths
-    features: float  # features from layer 6 in float32
+    features: float  # extraction of layer-6 features in float32
     mean_seconds: float  # mean length of the utterances, weighted by length
 
 

@@ -1,7 +1,7 @@
 """Creation of target symbols for CTC: phones or kana with word boundaries, or characters.
 
-Reads   the manifest: for phones and kana, the words of an utterance if available; otherwise, its text;
-        the user dictionary, if configured
+Reads   the manifest and, if configured, the user dictionary. Phones and kana are derived from the words of an
+        utterance, or from its text if it has no words. Characters are derived from the text.
 Writes  symbols.npy, offsets.npy, phonemes.json, header.json, rejected.jsonl (rejected utterances)
 
     python -m jahubert.run recipe=demo stage=targets

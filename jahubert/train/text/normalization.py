@@ -202,9 +202,10 @@ _COMPILED = [(re.compile(pattern), new) for _, rules in _RULES for pattern, new 
 
 
 def normalize_text(text: str) -> str:
-    """Apply NFKC and spell out expressions that the dictionary would skip or misread.
+    """Apply NFKC and spell out expressions that pyopenjtalk-plus would skip or misread.
 
-    Roman numerals are kept, accents are removed from Latin letters, and control characters become spaces.
+    NFKC is not applied to the Unicode characters for Roman numerals. Accents are removed from Latin letters,
+    and control characters become spaces.
     """
     text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
     text = _METERS.sub(_square_meters, text)

@@ -290,8 +290,8 @@ def test_sigterm_saves_a_checkpoint(tmp_path):
     assert torch.equal(weights(again), weights(whole))
 
 
-def test_signal_in_the_last_step_stops_the_stage(tmp_path):
-    """The stage remains unfinished, and rerunning it requires no more steps."""
+def test_signal_in_the_last_step_stops_the_training(tmp_path):
+    """The training remains unfinished, and resuming it requires no more steps."""
     validate = {"validate": lambda: {"per": 1.0}, "best": "per"}
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
