@@ -3,16 +3,16 @@
     python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
     python tools/checks/corruption_sweep.py --trials 1
 
-Files that later stages or commands read are damaged, and then read by the same code. The kinds of damage are
-a flipped bit, a zeroed block, a missing tail, and a swap with the same file from an experiment with a
-different seed. The input verification of all stages reads the files of stages, `Transcriber` and
-`load_bundle` read bundles, the code for resuming reads checkpoints and unfinished stages, and the decoder
-reads FLAC files. Lexicons and n-grams are read by the stage that used them and, if compressed, by their
-readers. Damage counts as detected if it causes an error that names the file, its folder or its setting, or if
-a stage computes the damaged part again. It counts as harmless if the content is read correctly. The script
-prints the figures for each kind of file, and its exit status is 1 if any damage is neither detected nor
-harmless. The recordings are not damaged, nor are files that no stage reads: TensorBoard events, started.json
-of a finished stage, the model card and the report.
+Files that later stages or commands read are damaged, and then read with the code of these stages and
+commands. The kinds of damage are a flipped bit, a zeroed block, a missing tail, and a swap with the same file
+from an experiment with a different seed. The input verification of all stages reads the files of stages,
+`Transcriber` and `load_bundle` read bundles, the code for resuming reads checkpoints and unfinished stages,
+and the decoder reads FLAC files. Lexicons and n-grams are read by the stage that used them and, if
+compressed, by their readers. Damage counts as detected if it causes an error that names the file, its folder
+or its setting, or if a stage computes the damaged part again. It counts as harmless if the content is read
+correctly. The script prints the figures for each kind of file, and its exit status is 1 if any damage is
+neither detected nor harmless. The recordings are not damaged, nor are files that no stage reads: TensorBoard
+events, started.json of a finished stage, the model card and the report.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Config:
     manifest: Path  # manifest.arrow of the prepare stage
     labels: Path  # output folder of the label stage
     model: HubertConfig = field(default_factory=HubertConfig)
-    init_from: Path | None = model_field(None)  # source of the initial encoder weights; null: random weights
+    init_from: Path | None = model_field(None)  # model with the initial encoder weights; null: random weights
     train: TrainConfig = field(default_factory=TrainConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
