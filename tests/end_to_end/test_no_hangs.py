@@ -29,7 +29,7 @@ from jahubert.train.trainer.stop import StopDeadlineError, stop_signals
 from jahubert.train.trainer.trainer import train
 from jahubert.train.trainer.watchdog import watchdog
 
-SHORT = 30  # time limit of a run in seconds
+SHORT = 60  # time limit of a run in seconds
 
 
 @dataclass

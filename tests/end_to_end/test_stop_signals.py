@@ -97,7 +97,7 @@ def test_signal_to_main_process_and_workers_stops_the_run(tmp_path, number, each
         os.kill(child.pid, number)
     else:
         os.killpg(child.pid, number)
-    stderr = child.communicate(timeout=30)[1]  # returns after the last worker has ended
+    stderr = child.communicate(timeout=60)[1]  # returns after the last worker has ended
     assert child.returncode == 75 and number.name in stderr, stderr
     train_model(whole, "toy")
     train_model(stopped, "toy")
@@ -111,7 +111,7 @@ def test_error_does_not_wait_for_the_workers(tmp_path):
         [sys.executable, __file__, "slow-workers", str(tmp_path), "11"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 1 and "non-finite loss" in done.stderr
 
@@ -120,7 +120,7 @@ def test_error_does_not_wait_for_the_workers(tmp_path):
 def test_workers_end_when_their_process_is_killed(tmp_path):
     child = start_slow_workers(tmp_path)
     child.kill()
-    child.communicate(timeout=30)
+    child.communicate(timeout=60)
     assert len(list(tmp_path.glob("reader-*"))) == 2 and child.returncode == -signal.SIGKILL
 
 
@@ -210,7 +210,7 @@ def test_signal_outside_of_training_exits_with_75(tmp_path, number, processes):
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
     os.killpg(child.pid, number)  # schedulers send the signal to the launcher, too
-    stderr = child.communicate(timeout=30)[1]
+    stderr = child.communicate(timeout=60)[1]
     assert child.returncode == 75 and "Traceback" not in stderr, stderr
     assert stderr.count(number.name) == 1, stderr
     assert run.main(command) == 0
@@ -235,7 +235,7 @@ def test_signal_during_startup_exits_with_75(tmp_path, seconds):
         time.sleep(0.01)
     time.sleep(seconds)
     child.send_signal(signal.SIGUSR1)
-    stderr = child.communicate(timeout=30)[1]
+    stderr = child.communicate(timeout=60)[1]
     assert (child.returncode == 75 and "SIGUSR1" in stderr) or child.returncode == 0, stderr
     assert "Traceback" not in stderr
 
