@@ -71,7 +71,7 @@ class DataError(UserError):
 class ReadError(DataError):
     """Raised if the file system still fails to read a file after several attempts.
 
-    As the file is not known to be damaged, callers must not skip it as they skip damaged files.
+    The file may be intact, so callers must not skip it as they skip damaged files.
     """
 
 

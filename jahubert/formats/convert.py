@@ -114,7 +114,7 @@ def _check_target(target: Path, to: str) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Return whether `path` has torchaudio settings without weights, left by an interrupted conversion."""
+    """Return whether `path` is a torchaudio settings file without weights, as an interrupted run leaves."""
     if path.suffix != ".json" or any(path.with_suffix(suffix).exists() for suffix in SUFFIXES):
         return False
     try:

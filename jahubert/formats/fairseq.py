@@ -433,7 +433,7 @@ def _duplicate_channels(
 def _drop_duplicate_channels(
     config: HubertConfig, state: dict[str, Tensor]
 ) -> tuple[HubertConfig, dict[str, Tensor]]:
-    """Undo `_duplicate_channels`. Other models are returned unchanged."""
+    """Undo `_duplicate_channels`. Models without duplicated channels are returned unchanged."""
     n = config.width
     names = [name for name in _duplicated_tensors(config) if name in state]
     projection = state["feature_projection.projection.weight"]

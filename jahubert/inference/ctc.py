@@ -154,7 +154,7 @@ class _Beam:
     """The prefixes in the beam of each row, best first. All fields have the shape (rows, beam)."""
 
     blank: Tensor  # log-probability of paths that end in blank, relative to the row's best prefix
-    label: Tensor  # log-probability of paths that end in the prefix's last label
+    label: Tensor  # log-probability of paths that end in the prefix's last label, likewise relative
     last: Tensor  # last label (with fusion, its column), or blank for the empty prefix
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
@@ -413,7 +413,7 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
     if n_frames < len(labels) + repeats:
         raise DataError(
             f"the audio is too short for its text: the number of frames is {n_frames}, but must be at least "
-            f"{len(labels) + repeats} (one per label, and one more between equal labels)"
+            f"{len(labels) + repeats} (one per label, and one more between adjacent equal labels)"
         )
     if not labels:
         return []

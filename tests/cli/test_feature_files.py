@@ -222,7 +222,7 @@ def test_damaged_record_is_named(bundle, folder, capsys, content):
 
 @pytest.mark.parametrize("cause", ["write", "encode", "damaged", "missing", "pattern"])
 def test_single_file_is_assembled_only_if_all_inputs_succeed(bundle, folder, capsys, monkeypatch, cause):
-    """The features of the other recordings are kept and not computed again."""
+    """If an input fails, the features of the other recordings are kept and not computed again."""
     from safetensors.numpy import load_file
 
     run = ["features", "--model", bundle, "-o", "all.safetensors", "data"]

@@ -1,4 +1,4 @@
-"""Sweep over all files of a tiny experiment, which checks that several kinds of damage are detected.
+"""Check that several kinds of damage to the files of a tiny experiment are detected.
 
     python tools/checks/corruption_sweep.py               # 5 trials per file and kind of damage
     python tools/checks/corruption_sweep.py --trials 1

@@ -35,10 +35,21 @@ SETTINGS = [
     "pretrain.train.valid_every=2", "finetune.train.max_steps=4", "finetune.train.save_every=2",
     "finetune.train.valid_every=2",
 ]  # fmt: skip
-NGRAM = "ngram"  # name of the decoding with a lexicon and a tuned n-gram, and with calibrated confidences
+NGRAM = "ngram"  # name of the decoding that uses a lexicon, a tuned n-gram and calibrated confidences
 TIMEOUT_SECONDS = 600  # a stage or command that takes longer is considered hanging, even on a busy machine
-# Fields in JSON files that contain times, or checksums of files with such fields.
-_TIMED = {"seconds", "finished", "timing", "window", "outputs", "record_crc32", "crc32", "files", "made_with"}
+# Fields in JSON files that may differ between runs with equal results: times, the environment,
+# and checksums of files with such fields.
+_VARYING = {
+    "seconds",
+    "finished",
+    "timing",
+    "window",
+    "outputs",
+    "record_crc32",
+    "crc32",
+    "files",
+    "made_with",
+}
 
 
 class Task(NamedTuple):
@@ -216,7 +227,7 @@ def run_child(work: Callable[[], Any], log: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return the content of the files in a folder, keyed by relative path, without the times in JSON files.
+    """Return the content of the files in a folder, keyed by relative path, without varying JSON fields.
 
     TensorBoard events are omitted. For report pages, DCP metadata and gzip files, only their presence is
     recorded, because their content depends on times or on the order of a pickled dictionary.
@@ -228,16 +239,16 @@ def contents(folder: Path) -> dict[str, Any]:
             continue
         data: Any = path.read_bytes()
         if path.suffix == ".json":
-            data = _without_times(json.loads(data))
+            data = _without_varying(json.loads(data))
         elif path.suffix == ".jsonl":
-            data = [_without_times(json.loads(line)) for line in data.splitlines()]
+            data = [_without_varying(json.loads(line)) for line in data.splitlines()]
         elif path.name in ("report.html", ".metadata") or path.name.endswith(".gz"):
             data = None
         files[name] = data
     return files
 
 
-def _without_times(value: Any) -> Any:
+def _without_varying(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_times(inner) for key, inner in value.items() if key not in _TIMED}
-    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_varying(inner) for key, inner in value.items() if key not in _VARYING}
+    return [_without_varying(inner) for inner in value] if isinstance(value, list) else value

@@ -69,7 +69,7 @@ class _Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
-        """Return a copy with `change` applied to the large tensors.
+        """Return a copy with `change` applied to all tensors except those in `ON_CPU`.
 
         The copy is created without calling `__post_init__`, whose checks would synchronize the GPU.
         """

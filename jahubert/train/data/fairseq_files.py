@@ -32,7 +32,7 @@ from jahubert.train.experiment.provenance import verify_files
 
 DICT = "dict.km.txt"
 _ZIP_MEMBER = re.compile(r"(.+\.zip):(\d{1,15}):(\d{1,15})", re.DOTALL)  # path, offset and length in bytes
-_MAX_DIGITS = 15  # maximum number of digits of a number
+_MAX_DIGITS = 15  # maximum number of digits in a number; longer ones are rejected
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_reading_a_damaged_manifest_without_a_record_never_crashes(experiment, t
 
 
 def test_record_without_its_checksum_is_rejected(experiment, tmp_path):
-    """A flipped bit in the key of the checksum must not disable the verification."""
+    """Damage to the key of the checksum must not disable the verification."""
     exp = tmp_path / "exp"
     shutil.copytree(experiment, exp)
     record = exp / "features" / DONE
