@@ -13,10 +13,16 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("JAHUBERT_TEST_CUDA", "")
 
 import importlib.util
+import signal
 import socket
 from pathlib import Path
 
 import pytest
+
+# Subprocesses inherit ignored signals; nohup ignores SIGHUP, and background jobs of a shell ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # Windows has no SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPO = Path(__file__).resolve().parent.parent
 # With this path, subprocesses of tests can import `fixtures`.

@@ -6,6 +6,7 @@ The tests also run this file as a script: `FILE slow-workers FOLDER [ROW]`,
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -18,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.distributed as dist
 from fixtures import FIXTURES
@@ -35,7 +38,7 @@ from jahubert.train.experiment.resource_errors import report_oom
 from jahubert.train.experiment.stopping import STOPPING
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.reporting import report_error
-from jahubert.train.pipeline.signals import StopRequested
+from jahubert.train.pipeline.signals import StopRequested, received_signal
 from jahubert.train.pipeline.signals import stop_signals as stage_signals
 from jahubert.train.trainer.stop import stop_signals as training_signals
 from jahubert.train.trainer.trainer import Stopped, train
@@ -259,6 +262,26 @@ def test_signal_is_reported_even_if_interrupted_code_fails_or_swallows_it(capsys
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_signal_in_a_callback_of_a_c_library_is_recorded_and_not_printed(monkeypatch):
+    class Interrupting(io.BytesIO):
+        def write(self, data):
+            signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        with stage_signals():
+            with pytest.raises(soundfile.LibsndfileError):
+                soundfile.write(Interrupting(), np.zeros(100_000), 16_000, format="FLAC")
+            assert received_signal() == "SIGTERM"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not printed
 
 
 def test_hangup_is_handled_unless_nohup_disabled_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ class StopRequested(BaseException):
 def stop_signals() -> Iterator[None]:
     """Raise StopRequested in the main thread when a stop signal is received.
 
-    Training installs its own handlers, which save a checkpoint first.
+    Training installs its own handlers, which save a checkpoint first. If the signal arrives while a C library
+    calls Python, the exception is lost, but `received_signal` returns the signal. Python's message about the lost
+    exception is suppressed.
     """
     main_process, previous = os.getpid(), {}
 
@@ -34,12 +37,20 @@ def stop_signals() -> Iterator[None]:
             _received.append(signal.Signals(number).name)
             raise StopRequested
 
+    report_ignored = sys.unraisablehook
+
+    def report(ignored: Any) -> None:
+        if ignored.exc_type is not StopRequested:
+            report_ignored(ignored)
+
+    sys.unraisablehook = report
     if threading.current_thread() is threading.main_thread():
         numbers = set(stopping_signals()) - {signal.SIGINT}
         previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
+        sys.unraisablehook = report_ignored
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if _received else handler)
         _received.clear()
