@@ -25,8 +25,8 @@ def stop_signals() -> Iterator[None]:
     """Raise StopRequested in the main thread when a stop signal is received.
 
     Training installs its own handlers, which save a checkpoint first. If the signal arrives while a C library
-    calls Python, the exception is lost, but `received_signal` returns the signal. Python's message about the lost
-    exception is suppressed.
+    calls Python, the exception is lost, but `received_signal` returns the signal. Python's message about the
+    lost exception is suppressed.
     """
     main_process, previous = os.getpid(), {}
 
