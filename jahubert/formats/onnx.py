@@ -94,17 +94,26 @@ def write_onnx(path: Path, bundle: Bundle) -> float:
     return difference(path, bundle)
 
 
+def import_onnxruntime() -> Any:
+    """Import onnxruntime without its telemetry, which writes files to ~/.cache and sends data.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "onnx") from error
+    return onnxruntime
+
+
 def difference(path: Path, bundle: Bundle) -> float:
     """Compute the largest absolute difference between outputs of a file and a bundle on random audio.
 
     The result is NaN if an output is NaN.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry writes files to ~/.cache and sends data
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "onnx") from error
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     differences = []
     for seconds in CHECKED:

@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -326,10 +325,11 @@ def _vocabulary() -> dict[str, int]:
 @cache
 def _session() -> Any:
     """Load the model for one thread, with the number of frames of each token as a second output."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry writes files to ~/.cache and sends data
     import onnx
-    import onnxruntime
 
+    from jahubert.formats.onnx import import_onnxruntime
+
+    onnxruntime = import_onnxruntime()
     content = b"".join((_package(name) / "part.bin").read_bytes() for name in _PACKAGES[1:])
     if hashlib.sha256(content).hexdigest() != _model_digest():
         raise DataError("the parts of the neural model do not match its checksum; reinstall the packages")
