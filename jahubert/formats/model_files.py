@@ -49,7 +49,7 @@ def settings_file(path: Path) -> Path:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files that are read to open a local model, or [] if `path` is no file or model folder.
+    """Return the files that are read to open a local model, or [] if `path` is neither a file nor a model.
 
     Raises:
         CheckpointError: as for `weight_files`.

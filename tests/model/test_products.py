@@ -63,7 +63,10 @@ def test_products_of_views_are_written_and_added(onednn):
     torch.testing.assert_close(part, expected)
     products.matmul_into(part, a, b, add=True)
     torch.testing.assert_close(part, 2 * expected)
-    assert len(onednn) == 3
+    bias = torch.randn(20)
+    products.addmm_into(part, bias, a, b)
+    torch.testing.assert_close(part, bias + expected)
+    assert len(onednn) == 4
 
 
 @needs_onednn

@@ -1,4 +1,4 @@
-"""Benchmark of the positional convolution of HuBERT base on a CPU: direct against in the frequency domain.
+"""Benchmark of the positional convolution of HuBERT base on a CPU: direct and in the frequency domain.
 
     python tools/bench/positional_conv.py          # CPU time in milliseconds on one thread, interleaved
 
