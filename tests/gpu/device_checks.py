@@ -150,6 +150,14 @@ def test_bfloat16_step_is_close_to_the_float32_step(name, one_shape, device, fla
     assert float((grad - expected).norm() / expected.norm()) < 0.05
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_residual_stream_has_the_precision_of_the_products(name, device, flash_calls):
+    model = HubertModel(MODELS[name]).to(device).train()
+    with autocast(torch.bfloat16, device):
+        encoded = model(pad(wavs()).to(device), [len(w) for w in wavs()], keep_layers=range(3))
+    assert [encoded.layers[number].dtype for number in range(3)] == [torch.bfloat16] * 3
+
+
 def test_pretraining_step_with_dropout_does_not_synchronize(device, flash_calls):
     dropout = dict.fromkeys(("dropout", "attention_dropout", "input_dropout"), 0.1)
     module = pretrainer(replace(MODELS["base"], **dropout)).to(device)

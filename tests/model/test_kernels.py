@@ -23,6 +23,7 @@ from jahubert.model.kernels.attention import attend, self_attention
 from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
 from jahubert.model.kernels.feed_forward import feed_forward
+from jahubert.model.kernels.layer_norm import same_dtype_layer_norm
 from jahubert.model.kernels.packing import FlashSequences, Packing
 from jahubert.model.kernels.positional_conv import frequency_domain_conv, positional_conv
 
@@ -323,6 +324,22 @@ def test_positional_convolution_in_bfloat16_is_close_to_float32(has_amx, toleran
     assert output.dtype is torch.bfloat16
     error = (output[: packing.n_valid].float() - packing.pack(expected)[: packing.n_valid]).abs().max()
     assert error < tolerance * expected.abs().max()
+
+
+def test_layer_norm_in_bfloat16_is_close_to_float32():
+    torch.manual_seed(0)
+    norm, x_ND, grad_ND = nn.LayerNorm(48), torch.randn(70, 48) + 5, torch.randn(70, 48)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    nn.init.normal_(norm.bias)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = x_ND.bfloat16().to(dtype).requires_grad_()
+        y = same_dtype_layer_norm(norm, x)
+        assert y.dtype is dtype
+        results.append([y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], grad_ND.to(dtype))])
+    for exact, lower in zip(*results, strict=True):
+        error = (lower.float() - exact).norm() / exact.norm()
+        assert error < 0.02
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])

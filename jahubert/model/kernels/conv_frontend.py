@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
+from jahubert.model.kernels.layer_norm import layer_norm
 from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
 from jahubert.model.kernels.products import matmul_into
 from jahubert.model.layers import length_list
@@ -131,7 +132,7 @@ def _conv_layer(layer: ConvLayer, x: Tensor | _Product, gelu: bool) -> Tensor:
     if layer.conv.bias is not None:
         x_NC = x_NC + layer.conv.bias.to(dtype)
     if layer.norm == "layer":
-        x_NC = layer.layer_norm(x_NC)
+        x_NC = layer_norm(cast(nn.LayerNorm, layer.layer_norm), x_NC)
     return x_NC
 
 

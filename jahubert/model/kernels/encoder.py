@@ -17,6 +17,7 @@ from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.indexing import index_tensors
+from jahubert.model.kernels.layer_norm import layer_norm
 from jahubert.model.kernels.packing import PackedShape, Packing
 from jahubert.model.kernels.positional_conv import positional_conv
 from jahubert.model.kernels.weights import linear
@@ -58,7 +59,7 @@ def encode(
     penalty = features_NC[: packing.n_valid].float().pow(2).mean() if model.training else None
 
     projection = model.feature_projection
-    x_ND = linear(projection.layer_norm(features_NC), projection.projection)
+    x_ND = linear(layer_norm(projection.layer_norm, features_NC), projection.projection)
     x_ND = dropout(projection.dropout, x_ND)
     if mask_BS is not None:
         x_ND = torch.where(packing.pack(mask_BS[..., None]), model.masked_spec_embed.to(x_ND.dtype), x_ND)
@@ -70,7 +71,7 @@ def encode(
     with fused_kernels(device):
         x_ND = x_ND + positional_conv(encoder.pos_conv_embed, x_ND, packing)
         if not encoder.pre_norm:
-            x_ND = encoder.layer_norm(x_ND)
+            x_ND = layer_norm(encoder.layer_norm, x_ND)
         x_ND = dropout(encoder.dropout, x_ND)
         x_ND, kept = encoder.transformer(x_ND, packing, last_layer, keep_layers)
     layers = {number: packing.unpack(x) for number, x in kept.items()}
@@ -80,10 +81,13 @@ def encode(
 def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor:
     """Compute `EncoderLayer.forward` on packed frames."""
     attention, ffn = block.attention, block.feed_forward
+    first_norm, second_norm = block.layer_norm, block.final_layer_norm
     if block.pre_norm:
-        x_ND = x_ND + dropout(block.dropout, self_attention(attention, block.layer_norm(x_ND), packing))
-        x_ND = x_ND + dropout(block.dropout, feed_forward(ffn, block.final_layer_norm(x_ND)))
+        attended_ND = self_attention(attention, layer_norm(first_norm, x_ND), packing)
+        x_ND = x_ND + dropout(block.dropout, attended_ND)
+        x_ND = x_ND + dropout(block.dropout, feed_forward(ffn, layer_norm(second_norm, x_ND)))
     else:
-        x_ND = block.layer_norm(x_ND + dropout(block.dropout, self_attention(attention, x_ND, packing)))
-        x_ND = block.final_layer_norm(x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))
+        attended_ND = self_attention(attention, x_ND, packing)
+        x_ND = layer_norm(first_norm, x_ND + dropout(block.dropout, attended_ND))
+        x_ND = layer_norm(second_norm, x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))
     return x_ND
