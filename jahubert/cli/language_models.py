@@ -31,6 +31,10 @@ def add_commands(command: Command) -> None:
         "--order", type=int, default=4, metavar="N", help="length of the longest n-grams (default: 4)"
     )
     sub.add_argument(
+        "--min-gain", type=float, default=0.0, metavar="NATS",
+        help="prune n-grams that raise the log-probability of the text by less than NATS (default: 0)",
+    )  # fmt: skip
+    sub.add_argument(
         "--lexicon", metavar="FILE", help="also write the words and their pronunciations (only --unit word)"
     )
     sub.add_argument(
@@ -73,7 +77,7 @@ def ngram(args: argparse.Namespace) -> int:
         if os.path.realpath(args.lexicon) == os.path.realpath(args.output):
             raise ConfigError(f"-o and --lexicon are both {args.output}; give two names")
     tokenizer, sentences = _read_text(args)
-    model = train_ngram(sentences, args.order)
+    model = train_ngram(sentences, args.order, args.min_gain)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_arpa(model, Path(args.output))
     sizes = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(model.counts, 1))

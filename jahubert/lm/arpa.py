@@ -176,17 +176,22 @@ def _shown(text: bytes) -> str:
     return quote(text.decode(errors="replace"))
 
 
-def write_arpa(model: NGram, path: Path) -> None:
-    """Write an ARPA file, compressed if its name ends in `.gz`."""
+def write_arpa(model: NGram, path: Path, digits: int = 7) -> None:
+    """Write an ARPA file, compressed if its name ends in `.gz`.
+
+    Args:
+        digits: number of significant digits of the logarithms (base 10). float32 has 7; fewer digits make a
+            compressed file smaller.
+    """
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
         if path.suffix != ".gz":
-            raw.writelines(_lines(model))
+            raw.writelines(_lines(model, digits))
             return
         with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-            file.writelines(_lines(model))
+            file.writelines(_lines(model, digits))
 
 
-def _lines(model: NGram) -> Iterator[bytes]:
+def _lines(model: NGram, digits: int) -> Iterator[bytes]:
     yield b"\\data\\\n"
     for order, count in enumerate(model.counts, 1):
         yield b"ngram %d=%d\n" % (order, count)
@@ -206,7 +211,7 @@ def _lines(model: NGram) -> Iterator[bytes]:
             backoffs = (model.backoff_M[position + 1] / _LN10).tolist()
             for row, (logp, backoff) in enumerate(zip(logps, backoffs, strict=True)):
                 text = b" ".join([words[column[row]] for column in reversed(columns)])
-                weight = b"\t%.7g" % backoff if backoff else b""
-                yield b"%.7g\t%b%b\n" % (logp, text, weight)
+                weight = b"\t%.*g" % (digits, backoff) if backoff else b""
+                yield b"%.*g\t%b%b\n" % (digits, logp, text, weight)
         first += count
     yield b"\n\\end\\\n"

@@ -42,22 +42,27 @@ class _Counts:
     count_N: np.ndarray
 
 
-def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
+def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3, min_gain: float = 0.0) -> NGram:
     """Estimate an n-gram model.
 
     Args:
         sentences: the words of each sentence, without `<s>` and `</s>`.
         order: length of the longest n-grams.
+        min_gain: threshold for pruning. An n-gram is omitted if, without it, the log-probability of the text
+            would be lower by less than this (in nats) and no other n-gram needs it. 0: no pruning.
 
     Raises:
-        ConfigError: `order` is out of range.
+        ConfigError: `order` or `min_gain` is out of range.
         DataError: the text has no words, or contains a reserved word (`<s>`, `</s>`).
     """
     if not 1 <= order <= MAX_ORDER:
         raise ConfigError(f"order is {order}, but must be between 1 and {MAX_ORDER}")
+    if not 0 <= min_gain < np.inf:
+        raise ConfigError(f"min_gain is {min_gain}, but must be at least 0 and finite")
     words, token_T = _encode(sentences)
     all_counts = _count(token_T, len(words), order)
-    entries: list[Entries] = []
+    probs: list[np.ndarray] = []  # for each order, the probabilities of the n-grams
+    weights: list[np.ndarray] = []  # for each order but the last, the back-off weights of the n-grams
     lower_N = np.full(len(words), 1.0 / (len(words) - 1))  # uniform distribution over all words but <s>
     for n, counts in enumerate(all_counts, 1):
         adjusted_N = counts.count_N
@@ -68,17 +73,50 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3) -> NGram:
                 adjusted_N = np.where(starts_N, counts.count_N, adjusted_N)
         if n == 1:
             adjusted_N[0] = 0  # <s> is never predicted
-        prob_N, weight_C = _interpolate(counts, adjusted_N, lower_N, n)
+        lower_N, weight_C = _interpolate(counts, adjusted_N, lower_N, n)
+        probs.append(lower_N)
+        if n > 1:
+            weights.append(weight_C)
+    kept = _prune(all_counts, probs, weights, min_gain)
+    entries = []
+    for n, (counts, prob_N, keep_N) in enumerate(zip(all_counts, probs, kept, strict=True), 1):
         logp_N = np.log(prob_N)
         if n == 1:
             logp_N[0] = _START_LOGP
             words_Nn = np.arange(len(words))[:, None]
         else:
             words_Nn = token_T[counts.position_N[:, None] + np.arange(n)]
-            entries[-1].backoff_N[:] = np.log(weight_C)
-        entries.append(Entries(words_Nn, logp_N, np.zeros(len(logp_N))))
-        lower_N = prob_N
+        backoff_N = np.log(weights[n - 1]) if n < len(all_counts) else np.zeros(len(logp_N))
+        entries.append(Entries(words_Nn[keep_N], logp_N[keep_N], backoff_N[keep_N]))
     return NGram(words, entries)
+
+
+def _prune(
+    all_counts: list[_Counts], probs: list[np.ndarray], weights: list[np.ndarray], min_gain: float
+) -> list[np.ndarray]:
+    """Return which n-grams of each order to keep, and update the back-off weights.
+
+    The criterion is the weighted difference (Seymore and Rosenfeld 1996, "Scalable backoff language models").
+    All unigrams are kept, and so are the contexts and suffixes of kept n-grams.
+    """
+    kept = [np.ones(len(counts.count_N), bool) for counts in all_counts]
+    if min_gain == 0:
+        return kept
+    needed = [np.zeros(len(counts.count_N), bool) for counts in all_counts]
+    for n in range(len(all_counts) - 1, 0, -1):
+        counts, prob_N, lower_N = all_counts[n], probs[n], probs[n - 1][all_counts[n].suffix_N]
+        context_N = counts.context_N
+        gain_N = counts.count_N * np.log(prob_N / (weights[n - 1][context_N] * lower_N))
+        kept[n] = keep_N = needed[n] | (gain_N >= min_gain)
+        for rows_N in (context_N, counts.suffix_N):
+            needed[n - 1][rows_N[keep_N]] = True
+        n_contexts = len(weights[n - 1])
+        sum_C, lower_sum_C = (
+            np.bincount(context_N[keep_N], values_N[keep_N], n_contexts) for values_N in (prob_N, lower_N)
+        )
+        pruned_C = np.bincount(context_N[~keep_N], minlength=n_contexts) > 0
+        weights[n - 1] = np.divide(1 - sum_C, 1 - lower_sum_C, out=weights[n - 1].copy(), where=pruned_C)
+    return kept
 
 
 def _encode(sentences: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:

@@ -46,6 +46,15 @@ def test_ngram_model_is_trained_for_each_unit(tmp_path, text, unit, options, exp
     assert "3 sentences" in capsys.readouterr().out
 
 
+def test_ngram_model_is_pruned(tmp_path, text):
+    models = []
+    for gain in ("0", "1"):
+        assert main(["ngram", text, "--min-gain", gain, "-o", str(tmp_path / "lm.arpa")]) == 0
+        models.append(read_arpa(tmp_path / "lm.arpa"))
+    assert models[0].words == models[1].words
+    assert sum(models[0].counts) > sum(models[1].counts)
+
+
 @pytest.mark.parametrize(("options", "symbols"), [([], PhonemeSet.standard()), (["--kana"], kana_set())])
 def test_lexicon_lists_the_words_with_their_pronunciations(tmp_path, text, options, symbols):
     paths = ["-o", str(tmp_path / "lm.arpa"), "--lexicon", str(tmp_path / "words.txt")]

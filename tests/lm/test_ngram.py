@@ -108,9 +108,9 @@ def test_estimates_equal_the_definition(seed, n_sentences, order):
         assert model.sentence_logp(sentence) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
-def test_probabilities_sum_to_one_in_every_context(order):
-    model = train_ngram(random_text(5, 200), order)
+@pytest.mark.parametrize(("order", "min_gain"), [(1, 0.0), (2, 0.0), (4, 0.0), (1, 2.0), (4, 0.5), (4, 1e9)])
+def test_probabilities_sum_to_one_in_every_context(order, min_gain):
+    model = train_ngram(random_text(5, 200), order, min_gain)
     states = np.unique(model.state_M)
     logp_RV, next_RV = model.rows(states)
     logp_RV[:, model.start_word] = -math.inf
@@ -120,6 +120,59 @@ def test_probabilities_sum_to_one_in_every_context(order):
         logp_R, next_R = model.score(np.full(len(words), state), words)
         assert logp_R == pytest.approx(logp_RV[row, words], abs=1e-5)
         assert (next_R == next_RV[row, words]).all()
+
+
+def ngrams(model) -> dict[tuple[str, ...], float]:
+    """Return the log-probability of every n-gram in a model."""
+    grams: list[tuple[str, ...]] = [()]
+    for key in model.key_N.tolist():
+        context, word = divmod(key, len(model.words))
+        grams.append((*grams[context], model.words[word]))
+    return dict(zip(grams[1:], model.logp_N.tolist(), strict=True))
+
+
+def test_pruning_omits_exactly_the_ngrams_with_little_gain():
+    text = random_text(6, 300)
+    order, min_gain = 4, 1.0
+    direct, full = DirectKneserNey(text, order), ngrams(train_ngram(text, order))
+    pruned = ngrams(train_ngram(text, order, min_gain))
+    counts = Counter(
+        tuple(s[i : i + n])
+        for s in ([START, *sentence, END] for sentence in text)
+        for n in range(1, order + 1)
+        for i in range(len(s) - n + 1)
+    )
+    needed: set[tuple[str, ...]] = set()
+    for gram in sorted(full, key=len, reverse=True):
+        *context, word = gram
+        if len(gram) > 1:
+            discounted = {g[-1]: c for g, c in direct.counts[len(context)].items() if g[:-1] == (*context,)}
+            d = (0.0, *direct.discounts[len(context)])
+            weight = sum(d[min(c, 3)] for c in discounted.values()) / sum(discounted.values())
+            lower = weight * direct.probability((*context[1:],), word)
+            gain = counts[gram] * (full[gram] - math.log(lower))
+            assert abs(gain - min_gain) > 1e-4  # otherwise, rounding could decide
+            expected = gram in needed or gain >= min_gain
+        else:
+            expected = True
+        assert (gram in pruned) == expected, gram
+        if expected:
+            assert pruned[gram] == full[gram]
+            needed |= {gram[:-1], gram[1:]}
+    assert len(full) / 4 < len(pruned) < len(full) / 1.5
+
+
+def test_pruned_model_is_hardly_worse():
+    text, other = random_text(8, 2000), random_text(9, 200)
+    full, pruned = train_ngram(text, 4), train_ngram(text, 4, 2.0)
+    assert sum(pruned.counts) < 0.5 * sum(full.counts)
+    assert perplexity(pruned, other).including_unknown < 1.03 * perplexity(full, other).including_unknown
+
+
+@pytest.mark.parametrize("min_gain", [-1.0, math.inf, math.nan])
+def test_invalid_threshold_is_rejected(min_gain):
+    with pytest.raises(ConfigError, match="min_gain"):
+        train_ngram([["a"]], 2, min_gain)
 
 
 def test_orders_without_ngrams_are_omitted():
