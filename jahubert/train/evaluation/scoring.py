@@ -11,74 +11,9 @@ from typing import Any
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, align, bootstrap_interval, count_errors
-from jahubert.train.text.normalization import is_punctuation
+from jahubert.train.text.normalization import is_punctuation, recognized_characters
 
 Words = list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Definition of an error rate."""
-
-    name: str
-    title: str
-    items: Callable[[Words], Sequence[Any]]  # function from the words of an utterance to the compared items
-    normalizer: str  # description of the normalization
-
-
-def _symbols(words: Words) -> list[str]:
-    return [symbol for word in words for symbol in word]
-
-
-def _word_measure(symbols: str) -> Measure:
-    normalizer = f"words as tuples of {symbols}, compared as a whole; no other normalization"
-    return Measure("wer", "WER", lambda words: words, normalizer)
-
-
-def _without_punctuation(words: Words) -> list[str]:
-    return [symbol for symbol in _symbols(words) if not is_punctuation(symbol)]
-
-
-_CER = Measure("cer", "CER", _without_punctuation, "NFKC, letters and digits only, without spaces")
-
-
-def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
-    """Return the measures for a vocabulary."""
-    kind = vocabulary_kind(symbols)
-    if kind == "characters" and any(is_punctuation(symbol) for symbol in symbols.symbols):
-        kind = "characters with punctuation"
-    return MEASURES[kind]
-
-
-# Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
-MEASURES: dict[str, tuple[Measure, ...]] = {
-    "phones": (
-        _word_measure("phones"),
-        Measure("per", "PER", _symbols, "phones without word boundaries; no other normalization"),
-        Measure(
-            "kana_cer",
-            "kana CER",
-            lambda words: "".join(phones_to_kana(word) for word in words),
-            "katakana written from the phones (ー for every long vowel), without spaces",
-        ),
-    ),
-    "kana": (
-        _word_measure("kana"),
-        Measure(
-            "kana_cer", "kana CER", _symbols, "katakana as pronounced (ー for long vowels), without spaces"
-        ),
-    ),
-    "characters": (_CER,),
-    "characters with punctuation": (
-        _CER,
-        Measure(
-            "cer_punctuation",
-            "CER with punctuation",
-            _symbols,
-            "NFKC, letters, digits and punctuation marks, without spaces",
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -91,29 +26,119 @@ class ScoredUtterance:
     reference: Words
     hypothesis: Words
     word_scores: list[list[float]] | None = None  # log-probabilities of the labels of each hypothesis word
+    reference_text: str = ""  # text of the corpus
+    written: list[str] | None = None  # words of the hypothesis as written in the lexicon, if there is one
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Definition of an error rate."""
+
+    name: str
+    title: str
+    pair: Callable[[ScoredUtterance], tuple[Sequence[Any], Sequence[Any]]]  # compared items of an utterance
+    normalizer: str  # description of the normalization
+
+
+def _of_words(name: str, title: str, items: Callable[[Words], Sequence[Any]], normalizer: str) -> Measure:
+    """Create a measure that compares `items` of the words of the reference and of the hypothesis."""
+
+    def pair(utterance: ScoredUtterance) -> tuple[Sequence[Any], Sequence[Any]]:
+        return items(utterance.reference), items(utterance.hypothesis)
+
+    return Measure(name, title, pair, normalizer)
+
+
+def _symbols(words: Words) -> list[str]:
+    return [symbol for word in words for symbol in word]
+
+
+def _word_measure(symbols: str) -> Measure:
+    normalizer = f"words as tuples of {symbols}, compared as a whole; no other normalization"
+    return _of_words("wer", "WER", lambda words: words, normalizer)
+
+
+def _without_punctuation(words: Words) -> list[str]:
+    return [symbol for symbol in _symbols(words) if not is_punctuation(symbol)]
+
+
+def _written_pair(utterance: ScoredUtterance) -> tuple[str, str]:
+    written = "".join(utterance.written or ())
+    return recognized_characters(utterance.reference_text), recognized_characters(written)
+
+
+_CHARACTERS = "NFKC, letters and digits only, without spaces"
+_CER = _of_words("cer", "CER", _without_punctuation, _CHARACTERS)
+_WRITTEN_CER = Measure("written_cer", "CER of text", _written_pair, f"text of the lexicon; {_CHARACTERS}")
+
+# Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
+MEASURES: dict[str, tuple[Measure, ...]] = {
+    "phones": (
+        _word_measure("phones"),
+        _of_words("per", "PER", _symbols, "phones without word boundaries; no other normalization"),
+        _of_words(
+            "kana_cer",
+            "kana CER",
+            lambda words: "".join(phones_to_kana(word) for word in words),
+            "katakana written from the phones (ー for every long vowel), without spaces",
+        ),
+    ),
+    "kana": (
+        _word_measure("kana"),
+        _of_words(
+            "kana_cer", "kana CER", _symbols, "katakana as pronounced (ー for long vowels), without spaces"
+        ),
+    ),
+    "characters": (_CER,),
+    "characters with punctuation": (
+        _CER,
+        _of_words(
+            "cer_punctuation",
+            "CER with punctuation",
+            _symbols,
+            "NFKC, letters, digits and punctuation marks, without spaces",
+        ),
+    ),
+}
+_TITLES = {
+    measure.name: measure.title for group in (*MEASURES.values(), (_WRITTEN_CER,)) for measure in group
+}
+
+
+def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
+    """Return the measures for a vocabulary."""
+    kind = vocabulary_kind(symbols)
+    if kind == "characters" and any(is_punctuation(symbol) for symbol in symbols.symbols):
+        kind = "characters with punctuation"
+    return MEASURES[kind]
 
 
 @dataclass
 class SetScore:
-    """The errors in every utterance of a set, for each measure."""
+    """The errors in every utterance of a set, for each measure.
+
+    Attributes:
+        measures: the given measures of the vocabulary, and the CER of the text if every utterance has a text
+            and was decoded with a lexicon.
+        has_phones: whether words consist of phones, which are displayed as kana.
+        counts: errors in each utterance, by the name of the measure.
+    """
 
     utterances: list[ScoredUtterance]
     measures: tuple[Measure, ...]
+    has_phones: bool = field(init=False)
     counts: dict[str, list[ErrorCounts]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.has_phones = any(measure.name == "per" for measure in self.measures)
+        self.measures = tuple(measure for measure in self.measures if measure is not _WRITTEN_CER)
+        has_texts = all(item.reference_text and item.written is not None for item in self.utterances)
+        if self.utterances and has_texts:
+            self.measures += (_WRITTEN_CER,)
         self.counts = {
-            measure.name: [
-                count_errors(measure.items(utterance.reference), measure.items(utterance.hypothesis))
-                for utterance in self.utterances
-            ]
+            measure.name: [count_errors(*measure.pair(utterance)) for utterance in self.utterances]
             for measure in self.measures
         }
-
-    @property
-    def has_phones(self) -> bool:
-        """Whether words consist of phones, which are displayed as kana."""
-        return self.measures is MEASURES["phones"]
 
     def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
         """Compute the rate, counts, bootstrap interval and normalizer of each measure for the whole set."""
@@ -147,7 +172,7 @@ class SetScore:
         for measure in self.measures:
             counter: Counter[tuple[str, str]] = Counter()
             for utterance in self.utterances:
-                pairs = align(measure.items(utterance.reference), measure.items(utterance.hypothesis))
+                pairs = align(*measure.pair(utterance))
                 counter.update((_item_text(a), _item_text(b)) for a, b in pairs if a != b)
             most_frequent = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:n]
             result[measure.name] = [(a, b, count) for (a, b), count in most_frequent]
@@ -266,8 +291,7 @@ def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterato
 
 def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Return the title and value of each measure in a score."""
-    titles = {measure.name: measure.title for group in MEASURES.values() for measure in group}
-    return [(titles[name], value) for name, value in score.items() if name in titles]
+    return [(_TITLES[name], value) for name, value in score.items() if name in _TITLES]
 
 
 def display_text(symbols: str, as_kana: bool) -> str:

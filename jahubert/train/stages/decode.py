@@ -315,7 +315,7 @@ def _hypothesis_line(
         "word_scores": word_scores(hypotheses[0].labels, logp_SV, targets.phonemes),
     }
     if hypotheses[0].words is not None:
-        line["written"] = hypotheses[0].words
+        line |= {"reference_text": utterance.text, "written": hypotheses[0].words}
     if n_best > 1:
         unique: dict[tuple[str, ...], float] = {}
         for hypothesis in hypotheses:

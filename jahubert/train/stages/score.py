@@ -1,4 +1,4 @@
-"""Scoring of hypotheses: WER, PER, kana CER or CER, depending on the vocabulary.
+"""Scoring of hypotheses: WER, PER, kana CER or CER, depending on the vocabulary and the lexicon.
 
 Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
@@ -65,6 +65,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     measures = _measures(config.hypotheses)
     calibration = calibrate(config)
     scores = {}
+    metrics = {}
     for path in _hypothesis_files(config.hypotheses):
         set_score = SetScore(list(read_hypotheses(path)), measures)
         score = score_set(set_score, config)
@@ -74,6 +75,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         if (found := evaluate_confidence(judged, calibration)) is not None:
             score["confidence"] = asdict(found) | {"calibrated_on": config.calibration_split}
         scores[path.stem] = score
+        metrics |= {f"{path.stem}_{name}": score[name]["rate"] for name in set_score.counts}
         if distributed.rank() == 0:
             with atomic_write(out / f"{path.stem}.txt") as file:
                 file.writelines(f"{line}\n" for line in details(path.stem, score, set_score))
@@ -87,11 +89,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             file.write(table)
         print(table)
     distributed.barrier()
-    return {
-        f"{split}_{measure.name}": score[measure.name]["rate"]
-        for split, score in scores.items()
-        for measure in measures
-    }
+    return metrics
 
 
 def calibrate(config: Config) -> Calibration | None:
@@ -139,6 +137,8 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
             reference=[tuple(word.split(" ")) for word in item["reference"]],
             hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
             word_scores=item.get("word_scores"),
+            reference_text=item.get("reference_text", ""),
+            written=item.get("written"),
         )
 
 
@@ -180,6 +180,8 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     baseline = SetScore(paired, set_score.measures)
     result = {}
     for name, counts in set_score.counts.items():
+        if name not in baseline.counts:  # only one of the systems used a lexicon
+            continue
         errors = [count.errors for count in counts]
         baseline_errors = [count.errors for count in baseline.counts[name]]
         lengths = [count.length for count in counts]

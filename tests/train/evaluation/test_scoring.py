@@ -123,7 +123,10 @@ def test_published_rows_come_before_own_results():
 # --- score stage ------------------------------------------------------------------------------------------
 
 
-def hypotheses(folder: Path, lines=LINES, symbols: PhonemeSet | None = None) -> Path:
+def hypotheses(
+    folder: Path, lines=LINES, symbols: PhonemeSet | None = None, texts: list[tuple[str, str]] | None = None
+) -> Path:
+    """Write hypotheses; `texts` contains the text of each utterance and the words from a lexicon."""
     folder.mkdir(parents=True)
     (folder / "phonemes.json").write_text(json.dumps((symbols or PhonemeSet.standard()).to_json()))
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
@@ -133,6 +136,8 @@ def hypotheses(folder: Path, lines=LINES, symbols: PhonemeSet | None = None) -> 
                 "reference": [" ".join(w) for w in words(reference)],
                 "hypothesis": [" ".join(w) for w in words(hypothesis)],
             }
+            if texts is not None:
+                row |= {"reference_text": texts[number][0], "written": texts[number][1].split()}
             file.write(json.dumps(row) + "\n")
     return folder
 
@@ -169,6 +174,26 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert (out / "table.txt").read_text() in printed
     # The row is labeled with the path of the decode folder, because the folder has no stage record.
     assert f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
+
+
+def test_text_of_a_lexicon_is_compared_with_the_text_of_the_corpus(tmp_path):
+    texts = [("傘、木、王。", "傘 菊 王"), ("蚊", ""), ("酒１本", "酒 1 本"), ("傘木", "傘 木")]
+    folder = hypotheses(tmp_path / "lexicon", texts=texts)
+    scores, out = run(tmp_path, hypotheses=folder, baseline=folder)
+    found = scores["test"]["written_cer"]
+    assert (found["errors"], found["length"], found["substitutions"], found["deletions"]) == (2, 9, 1, 1)
+    assert scores["test"]["speakers"]["bo"]["written_cer"]["rate"] == 1
+    assert scores["test"]["against"]["written_cer"]["difference"] == 0
+    assert found["normalizer"] in (out / "table.txt").read_text()
+    plain = hypotheses(tmp_path / "plain")
+    scores, _ = run(tmp_path, "against", hypotheses=folder, baseline=plain)
+    assert "written_cer" not in scores["test"]["against"] and "per" in scores["test"]["against"]
+
+
+@pytest.mark.parametrize("texts", [None, [("傘", "傘"), ("", "蚊"), ("酒", "酒"), ("木", "木")]])
+def test_text_is_scored_only_if_every_utterance_has_one(tmp_path, texts):
+    scores, _ = run(tmp_path, hypotheses=hypotheses(tmp_path / "decode", texts=texts))
+    assert "written_cer" not in scores["test"] and "per" in scores["test"]
 
 
 def test_measures_depend_on_vocabulary(tmp_path):

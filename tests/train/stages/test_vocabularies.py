@@ -156,6 +156,9 @@ def test_lexicon_restricts_hypotheses(trained, tmp_path):
     settings = {"lexicon": tmp_path / "words.txt", "n_best": 2, "batch_seconds": 3.0}
     rows = decoded(exp, tmp_path / "lexicon", **settings)
     assert all(tuple(word.split()) in words for line in rows for word in line["hypothesis"])
+    assert all(len(line["written"]) == len(line["hypothesis"]) for line in rows)
+    texts = {manifest[int(i)].id: manifest[int(i)].text for i in manifest.indices(split="test")}
+    assert {line["id"]: line["reference_text"] for line in rows} == texts
     assert [line["reference"] for line in rows] == [
         line["reference"] for line in decoded(exp, tmp_path / "free")
     ]
