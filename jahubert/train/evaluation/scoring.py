@@ -62,14 +62,14 @@ def _without_punctuation(words: Words) -> list[str]:
     return [symbol for symbol in _symbols(words) if not is_punctuation(symbol)]
 
 
-def _written_pair(utterance: ScoredUtterance) -> tuple[str, str]:
+def _text_pair(utterance: ScoredUtterance) -> tuple[str, str]:
     written = "".join(utterance.written or ())
     return recognized_characters(utterance.reference_text), recognized_characters(written)
 
 
 _CHARACTERS = "NFKC, letters and digits only, without spaces"
 _CER = _of_words("cer", "CER", _without_punctuation, _CHARACTERS)
-_WRITTEN_CER = Measure("written_cer", "CER of text", _written_pair, f"text of the lexicon; {_CHARACTERS}")
+_TEXT_CER = Measure("text_cer", "text CER", _text_pair, f"text of the lexicon; {_CHARACTERS}")
 
 # Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
 MEASURES: dict[str, tuple[Measure, ...]] = {
@@ -100,9 +100,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         ),
     ),
 }
-_TITLES = {
-    measure.name: measure.title for group in (*MEASURES.values(), (_WRITTEN_CER,)) for measure in group
-}
+_TITLES = {measure.name: measure.title for group in (*MEASURES.values(), (_TEXT_CER,)) for measure in group}
 
 
 def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
@@ -131,10 +129,10 @@ class SetScore:
 
     def __post_init__(self) -> None:
         self.has_phones = any(measure.name == "per" for measure in self.measures)
-        self.measures = tuple(measure for measure in self.measures if measure is not _WRITTEN_CER)
+        self.measures = tuple(measure for measure in self.measures if measure is not _TEXT_CER)
         has_texts = all(item.reference_text and item.written is not None for item in self.utterances)
         if self.utterances and has_texts:
-            self.measures += (_WRITTEN_CER,)
+            self.measures += (_TEXT_CER,)
         self.counts = {
             measure.name: [count_errors(*measure.pair(utterance)) for utterance in self.utterances]
             for measure in self.measures

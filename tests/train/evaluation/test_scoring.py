@@ -180,20 +180,20 @@ def test_text_of_a_lexicon_is_compared_with_the_text_of_the_corpus(tmp_path):
     texts = [("傘、木、王。", "傘 菊 王"), ("蚊", ""), ("酒１本", "酒 1 本"), ("傘木", "傘 木")]
     folder = hypotheses(tmp_path / "lexicon", texts=texts)
     scores, out = run(tmp_path, hypotheses=folder, baseline=folder)
-    found = scores["test"]["written_cer"]
+    found = scores["test"]["text_cer"]
     assert (found["errors"], found["length"], found["substitutions"], found["deletions"]) == (2, 9, 1, 1)
-    assert scores["test"]["speakers"]["bo"]["written_cer"]["rate"] == 1
-    assert scores["test"]["against"]["written_cer"]["difference"] == 0
+    assert scores["test"]["speakers"]["bo"]["text_cer"]["rate"] == 1
+    assert scores["test"]["against"]["text_cer"]["difference"] == 0
     assert found["normalizer"] in (out / "table.txt").read_text()
     plain = hypotheses(tmp_path / "plain")
     scores, _ = run(tmp_path, "against", hypotheses=folder, baseline=plain)
-    assert "written_cer" not in scores["test"]["against"] and "per" in scores["test"]["against"]
+    assert "text_cer" not in scores["test"]["against"] and "per" in scores["test"]["against"]
 
 
 @pytest.mark.parametrize("texts", [None, [("傘", "傘"), ("", "蚊"), ("酒", "酒"), ("木", "木")]])
 def test_text_is_scored_only_if_every_utterance_has_one(tmp_path, texts):
     scores, _ = run(tmp_path, hypotheses=hypotheses(tmp_path / "decode", texts=texts))
-    assert "written_cer" not in scores["test"] and "per" in scores["test"]
+    assert "text_cer" not in scores["test"] and "per" in scores["test"]
 
 
 def test_measures_depend_on_vocabulary(tmp_path):
