@@ -2,6 +2,8 @@
 
     python tools/bench/positional_conv.py          # CPU time in milliseconds on one thread, interleaved
 
+For bfloat16, the relative errors of the outputs with respect to float32 are printed as well.
+
 The result explains which of the two `jahubert/model/kernels/positional_conv.py` uses on a CPU.
 """
 
@@ -34,6 +36,15 @@ def milliseconds(function, module: PositionalConv, x_ND: Tensor, packing: Packin
     return 1000 * (time.process_time() - started)
 
 
+def error(function, module: PositionalConv, x_ND: Tensor, packing: Packing) -> float:
+    """Return the relative error of `function` in bfloat16."""
+    with torch.no_grad():
+        exact_ND = positional_conv.frequency_domain_conv(module, x_ND.float(), packing)
+        with torch.autocast("cpu"):
+            y_ND = function(module, x_ND, packing)
+        return float((y_ND.float() - exact_ND).norm() / exact_ND.norm())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -52,6 +63,11 @@ def main() -> None:
                 direct, frequency = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
                 case = f"{name:>8}{str(dtype)[6:]:>10}{'training' if training else 'inference':>10}"
                 print(f"{case}{direct:>9.1f}{frequency:>11.1f}{direct / frequency:>8.2f}")
+        errors = [
+            error(function, module, torch.randn(packing.n_rows, config.width).bfloat16(), packing)
+            for function in FUNCTIONS
+        ]
+        print(f"{name:>8}{'bfloat16':>10}{'error':>10}{errors[0]:>9.2%}{errors[1]:>11.2%}")
 
 
 if __name__ == "__main__":
