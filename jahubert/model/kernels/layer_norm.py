@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jahubert.model.kernels.weights import weight_copy
+from jahubert.model.precision import autocast_dtype
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
     """Apply the layer norm `module`. The mean and variance are computed in float32 for 16-bit inputs."""
-    kind = x.device.type
-    if kind == "cpu" or not torch.is_autocast_enabled(kind) or x.dtype is not torch.get_autocast_dtype(kind):
+    kept = x.device.type in ("cpu", "meta") or x.dtype is torch.float32  # autocast does not change the dtype
+    if kept or x.dtype is not autocast_dtype(x):
         normed: Tensor = module(x)
         return normed
     return same_dtype_layer_norm(module, x)
