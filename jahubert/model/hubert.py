@@ -255,7 +255,8 @@ class Encoder(nn.Module):
             if number in keep_layers:
                 kept[number] = x
         if self.pre_norm and last_layer is None:
-            x = self.layer_norm(x)
+            packed = isinstance(frames, kernels.Packing)
+            x = kernels.layer_norm(self.layer_norm, x) if packed else self.layer_norm(x)
         return x, kept
 
 

@@ -155,7 +155,8 @@ def test_residual_stream_has_the_precision_of_the_products(name, device, flash_c
     model = HubertModel(MODELS[name]).to(device).train()
     with autocast(torch.bfloat16, device):
         encoded = model(pad(wavs()).to(device), [len(w) for w in wavs()], keep_layers=range(3))
-    assert [encoded.layers[number].dtype for number in range(3)] == [torch.bfloat16] * 3
+    outputs = encoded.hidden_BSD, *encoded.layers.values()
+    assert [output.dtype for output in outputs] == [torch.bfloat16] * 4
 
 
 def test_pretraining_step_with_dropout_does_not_synchronize(device, flash_calls):

@@ -1,25 +1,21 @@
 """Activation memory of a training step, counted with fake tensors.
 
-A GPU stores more for the backward pass than a CPU: layer norms (because of autocast) and the positional
-convolution compute in float32, and attention in 16 bits stores padded tensors. Without CUDA, torch cannot
-create fake CUDA tensors. The first two effects are therefore reproduced on the CPU, and the third is added.
-The result is within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention;
-`tests/train/plan/test_plan.py`). In 16 bits, it is an upper bound, because variable-length flash attention
-stores no padded tensors.
+A GPU stores more for the backward pass than a CPU: the positional convolution always computes in the
+frequency domain, and attention in 16 bits stores padded tensors. Without CUDA, torch cannot create fake CUDA
+tensors. The first effect is therefore reproduced on the CPU, and the second is added. In float32, the result
+is within 1 % of the count on fake CUDA tensors (torch 2.15, fused attention; tests/train/plan/test_plan.py).
+In 16 bits, it is an upper bound, because variable-length flash attention stores no padded tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
@@ -71,27 +67,14 @@ def peak_bytes(
     return max(kept + block, front_end_bytes(config, precision) if gpu else 0.0)
 
 
-class _GpuLayerNorm(TorchFunctionMode):
-    """Mode that computes layer norms in float32, as autocast does on CUDA but not on a CPU."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is not F.layer_norm:
-            return function(*args, **(kwargs or {}))
-        with autocast(torch.float32, torch.device("cpu")):
-            return function(args[0].float(), *args[1:], **(kwargs or {}))
-
-
 def _stored(
     config: HubertConfig, rows: int, seconds: float, recompute: bool, precision: torch.dtype, gpu: bool
 ) -> int:
     """Count the bytes that a forward pass over `rows` utterances stores, excluding weights."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    layer_norm = _GpuLayerNorm() if gpu else nullcontext()
     n_samples = int(seconds * SAMPLE_RATE)
-    with FakeTensorMode(), layer_norm, autocast(precision, torch.device("cpu")):
+    with FakeTensorMode(), autocast(precision, torch.device("cpu")):
         model, head = HubertModel(replace(config, layer_drop=0.0)), UnitHead(config.width, 500)
         # Fake tensors have no values, but layer drop would need the value of a random number.
         model.encoder.training = False

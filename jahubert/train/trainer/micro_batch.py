@@ -27,10 +27,9 @@ _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
 # Factors for the number of values that are stored for the backward pass. A Transformer block stores
 # `_PER_WIDTH * width + _PER_FFN * ffn` values per frame. The front end stores the outputs of all convolutions
 # times a factor that depends on the normalization. The factors were fitted to the counts of
-# `jahubert.train.plan.memory`, which take half a minute to compute. On an H200, training the base model in
-# bfloat16 used 9 % less memory than estimated.
-_PER_WIDTH, _PER_FFN = 7, 2
-_FRONT_END = {"group": 1.0, "layer": 3.3}
+# `jahubert.train.plan.memory`, which take half a minute to compute.
+_PER_WIDTH, _PER_FFN = 4.5, 2
+_FRONT_END = {"group": 1.0, "layer": 2.2}
 
 
 def with_micro_seconds(train: TrainConfig, model: HubertConfig, longest: float) -> TrainConfig:
@@ -126,8 +125,8 @@ def front_end_bytes(config: HubertConfig, precision: torch.dtype) -> float:
         rate /= stride
         if n_inputs:  # the input, its GELU, and the gradients of input and output
             n_bytes = precision.itemsize * (3 * n_inputs + rate * width)
-            if config.conv_norm == "layer":  # the input of the norm, and its float32 copy
-                n_bytes += (precision.itemsize + 4) * n_inputs
+            if config.conv_norm == "layer":  # the input of the norm, and the gradient of its output
+                n_bytes += 2 * precision.itemsize * n_inputs
             peak = max(peak, n_bytes)
         n_inputs = rate * width
     return peak
