@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -32,7 +33,8 @@ def add_commands(command: Command) -> None:
     )
     sub.add_argument(
         "--min-gain", type=float, default=0.0, metavar="NATS",
-        help="prune n-grams that raise the log-probability of the text by less than NATS (default: 0)",
+        help="prune n-grams that are estimated to raise the log-probability of the text by less than NATS, "
+        "unless other n-grams need them (default: 0)",
     )  # fmt: skip
     sub.add_argument(
         "--lexicon", metavar="FILE", help="also write the words and their pronunciations (only --unit word)"
@@ -71,6 +73,8 @@ def ngram(args: argparse.Namespace) -> int:
         raise ConfigError(f"--lexicon requires --unit word, but the unit is {args.unit}")
     if args.kana and args.lexicon is None:
         raise ConfigError("--kana has no effect without --lexicon")
+    if not 0 <= args.min_gain < math.inf:
+        raise ConfigError(f"--min-gain is {args.min_gain}, but must be at least 0 and finite")
     check_output_file(args.output, args.text)
     if args.lexicon is not None:
         check_output_file(args.lexicon, args.text, "--lexicon")

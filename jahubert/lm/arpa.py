@@ -180,9 +180,14 @@ def write_arpa(model: NGram, path: Path, digits: int = 7) -> None:
     """Write an ARPA file, compressed if its name ends in `.gz`.
 
     Args:
-        digits: number of significant digits of the logarithms (base 10). float32 has 7; fewer digits make a
-            compressed file smaller.
+        digits: number of significant digits of the logarithms (base 10). With fewer than the 7 digits of
+            float32, a compressed file is smaller.
+
+    Raises:
+        ValueError: `digits` is less than 1.
     """
+    if digits < 1:
+        raise ValueError(f"digits is {digits}, but must be at least 1")
     with atomic_path(path) as temporary, temporary.open("wb") as raw:
         if path.suffix != ".gz":
             raw.writelines(_lines(model, digits))

@@ -48,8 +48,7 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3, min_gain: fl
     Args:
         sentences: the words of each sentence, without `<s>` and `</s>`.
         order: length of the longest n-grams.
-        min_gain: threshold for pruning. An n-gram is omitted if, without it, the log-probability of the text
-            would be lower by less than this (in nats) and no other n-gram needs it. 0: no pruning.
+        min_gain: threshold for pruning in nats (see `_prune`). 0: no pruning.
 
     Raises:
         ConfigError: `order` or `min_gain` is out of range.
@@ -78,15 +77,17 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3, min_gain: fl
         if n > 1:
             weights.append(weight_C)
     kept = _prune(all_counts, probs, weights, min_gain)
+    while not kept[-1].any():  # all n-grams of the highest order were pruned
+        del kept[-1], weights[-1]
     entries = []
-    for n, (counts, prob_N, keep_N) in enumerate(zip(all_counts, probs, kept, strict=True), 1):
+    for n, (counts, prob_N, keep_N) in enumerate(zip(all_counts, probs, kept, strict=False), 1):
         logp_N = np.log(prob_N)
         if n == 1:
             logp_N[0] = _START_LOGP
             words_Nn = np.arange(len(words))[:, None]
         else:
             words_Nn = token_T[counts.position_N[:, None] + np.arange(n)]
-        backoff_N = np.log(weights[n - 1]) if n < len(all_counts) else np.zeros(len(logp_N))
+        backoff_N = np.log(weights[n - 1]) if n < len(kept) else np.zeros(len(logp_N))
         entries.append(Entries(words_Nn[keep_N], logp_N[keep_N], backoff_N[keep_N]))
     return NGram(words, entries)
 
@@ -94,10 +95,13 @@ def train_ngram(sentences: Iterable[Sequence[str]], order: int = 3, min_gain: fl
 def _prune(
     all_counts: list[_Counts], probs: list[np.ndarray], weights: list[np.ndarray], min_gain: float
 ) -> list[np.ndarray]:
-    """Return which n-grams of each order to keep, and update the back-off weights.
+    """Return which n-grams of each order to keep, and update `weights` in place.
 
     The criterion is the weighted difference (Seymore and Rosenfeld 1996, "Scalable backoff language models").
-    All unigrams are kept, and so are the contexts and suffixes of kept n-grams.
+    The gain of an n-gram is its count times the difference between its log-probability and the one that the
+    lower order gives it. It estimates by how much the n-gram raises the log-probability of the text. An
+    n-gram is pruned if its gain is less than `min_gain`, unless it is a unigram, or the context or suffix of
+    a kept n-gram. The new weight of a context is (1 - sum of p) / (1 - sum of lower p) over its kept n-grams.
     """
     kept = [np.ones(len(counts.count_N), bool) for counts in all_counts]
     if min_gain == 0:

@@ -81,6 +81,8 @@ def test_text_is_read_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
         (["--kana"], "--kana"),
         (["--punctuation"], "--punctuation"),
         (["--order", "0"], "order"),
+        (["--min-gain", "-1"], "--min-gain"),
+        (["--min-gain", "nan"], "--min-gain"),
     ],
 )
 def test_contradictory_options_are_rejected(tmp_path, text, options, message, capsys):

@@ -26,8 +26,9 @@ class ScoredUtterance:
     reference: Words
     hypothesis: Words
     word_scores: list[list[float]] | None = None  # log-probabilities of the labels of each hypothesis word
-    reference_text: str = ""  # text of the corpus
-    written: list[str] | None = None  # words of the hypothesis as written in the lexicon, if there is one
+    # Text of the corpus, and words of the hypothesis as written in the lexicon; None without a lexicon.
+    reference_text: str | None = None
+    written: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class Measure:
 
     name: str
     title: str
-    pair: Callable[[ScoredUtterance], tuple[Sequence[Any], Sequence[Any]]]  # compared items of an utterance
+    # Function from an utterance to the compared items of its reference and of its hypothesis
+    items: Callable[[ScoredUtterance], tuple[Sequence[Any], Sequence[Any]]]
     normalizer: str  # description of the normalization
 
 
-def _of_words(name: str, title: str, items: Callable[[Words], Sequence[Any]], normalizer: str) -> Measure:
-    """Create a measure that compares `items` of the words of the reference and of the hypothesis."""
+def _measure(name: str, title: str, of_words: Callable[[Words], Sequence[Any]], normalizer: str) -> Measure:
+    """Create a measure whose items are computed by `of_words` from the words in the vocabulary."""
 
-    def pair(utterance: ScoredUtterance) -> tuple[Sequence[Any], Sequence[Any]]:
-        return items(utterance.reference), items(utterance.hypothesis)
+    def items(utterance: ScoredUtterance) -> tuple[Sequence[Any], Sequence[Any]]:
+        return of_words(utterance.reference), of_words(utterance.hypothesis)
 
-    return Measure(name, title, pair, normalizer)
+    return Measure(name, title, items, normalizer)
 
 
 def _symbols(words: Words) -> list[str]:
@@ -55,28 +57,39 @@ def _symbols(words: Words) -> list[str]:
 
 def _word_measure(symbols: str) -> Measure:
     normalizer = f"words as tuples of {symbols}, compared as a whole; no other normalization"
-    return _of_words("wer", "WER", lambda words: words, normalizer)
+    return _measure("wer", "WER", lambda words: words, normalizer)
 
 
 def _without_punctuation(words: Words) -> list[str]:
     return [symbol for symbol in _symbols(words) if not is_punctuation(symbol)]
 
 
-def _text_pair(utterance: ScoredUtterance) -> tuple[str, str]:
-    written = "".join(utterance.written or ())
-    return recognized_characters(utterance.reference_text), recognized_characters(written)
+def _texts(utterance: ScoredUtterance) -> tuple[str, str]:
+    """Return the compared characters of the texts, or two empty texts if the utterance has no text."""
+    if not has_text(utterance):
+        return "", ""
+    return recognized_characters(utterance.reference_text or ""), recognized_characters(
+        "".join(utterance.written or ())
+    )
+
+
+def has_text(utterance: ScoredUtterance) -> bool:
+    """Return whether the text CER of an utterance can be computed."""
+    return bool(utterance.written is not None and recognized_characters(utterance.reference_text or ""))
 
 
 _CHARACTERS = "NFKC, letters and digits only, without spaces"
-_CER = _of_words("cer", "CER", _without_punctuation, _CHARACTERS)
-_TEXT_CER = Measure("text_cer", "text CER", _text_pair, f"text of the lexicon; {_CHARACTERS}")
+_CER = _measure("cer", "CER", _without_punctuation, _CHARACTERS)
+TEXT_CER = Measure(
+    "text_cer", "text CER", _texts, f"words of the lexicon and text of the corpus; {_CHARACTERS}"
+)
 
 # Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "phones": (
         _word_measure("phones"),
-        _of_words("per", "PER", _symbols, "phones without word boundaries; no other normalization"),
-        _of_words(
+        _measure("per", "PER", _symbols, "phones without word boundaries; no other normalization"),
+        _measure(
             "kana_cer",
             "kana CER",
             lambda words: "".join(phones_to_kana(word) for word in words),
@@ -85,14 +98,14 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     ),
     "kana": (
         _word_measure("kana"),
-        _of_words(
+        _measure(
             "kana_cer", "kana CER", _symbols, "katakana as pronounced (ー for long vowels), without spaces"
         ),
     ),
     "characters": (_CER,),
     "characters with punctuation": (
         _CER,
-        _of_words(
+        _measure(
             "cer_punctuation",
             "CER with punctuation",
             _symbols,
@@ -100,7 +113,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         ),
     ),
 }
-_TITLES = {measure.name: measure.title for group in (*MEASURES.values(), (_TEXT_CER,)) for measure in group}
+_TITLES = {measure.name: measure.title for group in (*MEASURES.values(), (TEXT_CER,)) for measure in group}
 
 
 def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
@@ -115,28 +128,33 @@ def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
 class SetScore:
     """The errors in every utterance of a set, for each measure.
 
+    If any utterance has a text and was decoded with a lexicon, `TEXT_CER` is added to the measures.
+    Utterances without a text do not count for it.
+
+    Args:
+        vocabulary_measures: measures for the vocabulary (see `measures_for`).
+
     Attributes:
-        measures: the given measures of the vocabulary, and the CER of the text if every utterance has a text
-            and was decoded with a lexicon.
-        has_phones: whether words consist of phones, which are displayed as kana.
         counts: errors in each utterance, by the name of the measure.
     """
 
     utterances: list[ScoredUtterance]
-    measures: tuple[Measure, ...]
-    has_phones: bool = field(init=False)
+    vocabulary_measures: tuple[Measure, ...]
+    measures: tuple[Measure, ...] = field(init=False)
     counts: dict[str, list[ErrorCounts]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.has_phones = any(measure.name == "per" for measure in self.measures)
-        self.measures = tuple(measure for measure in self.measures if measure is not _TEXT_CER)
-        has_texts = all(item.reference_text and item.written is not None for item in self.utterances)
-        if self.utterances and has_texts:
-            self.measures += (_TEXT_CER,)
+        text = (TEXT_CER,) if any(map(has_text, self.utterances)) else ()
+        self.measures = (*self.vocabulary_measures, *text)
         self.counts = {
-            measure.name: [count_errors(*measure.pair(utterance)) for utterance in self.utterances]
+            measure.name: [count_errors(*measure.items(utterance)) for utterance in self.utterances]
             for measure in self.measures
         }
+
+    @property
+    def has_phones(self) -> bool:
+        """Whether words consist of phones, which are displayed as kana."""
+        return self.vocabulary_measures is MEASURES["phones"]
 
     def rates(self, seed: int, n_samples: int) -> dict[str, Any]:
         """Compute the rate, counts, bootstrap interval and normalizer of each measure for the whole set."""
@@ -170,7 +188,7 @@ class SetScore:
         for measure in self.measures:
             counter: Counter[tuple[str, str]] = Counter()
             for utterance in self.utterances:
-                pairs = align(*measure.pair(utterance))
+                pairs = align(*measure.items(utterance))
                 counter.update((_item_text(a), _item_text(b)) for a, b in pairs if a != b)
             most_frequent = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:n]
             result[measure.name] = [(a, b, count) for (a, b), count in most_frequent]

@@ -36,6 +36,7 @@ _ERRORS = {
     "per": "phone_errors",
     "kana_cer": "kana_errors",
     "cer": "character_errors",
+    "text_cer": "character_errors",
 }
 
 
@@ -153,19 +154,24 @@ def _results(data: PageData, strings: Strings) -> str:
     for split in splits_of(systems):
         scored = {name: system for name, system in systems.items() if split in system["scores"]}
         rows: list[Row] = []
+        has_texts = any("text_cer" in system["scores"][split] for system in scored.values())
         if any(split in phone_wer(system["scores"]) for system in scored.values()):
             for name, wer in published.items():
                 if split in wer:
                     title = escape(f"{strings('published')}: {name}")
-                    rows.append(("published", [title, "", "", f"{wer[split]:.2f}", "", ""]))
+                    rows.append(
+                        ("published", [title, "", "", f"{wer[split]:.2f}", "", "", *[""] * has_texts])
+                    )
         for name, system in scored.items():
             score = system["scores"][split]
-            rates = (score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer")))
+            rates = [score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer"))]
+            rates += [score.get("text_cer")] * has_texts
             cells = [escape(name), strings.duration(3600 * system["hours"]), f"{system['updates']:,}"]
             rows.append(("", [*cells, *("" if rate is None else _rate(rate) for rate in rates)]))
         first_score = next(iter(scored.values()))["scores"][split]
         cer = strings("cer" if "cer" in first_score else "kana_cer")
         header = [strings("system"), strings("labels"), strings("updates"), "WER %", "PER %", cer]
+        header += [strings("text_cer")] * has_texts
         count = strings("n_utterances", f"{first_score['utterances']:,}")
         parts.append(f"<h3>{escape(split)} <small>({count})</small></h3>{table(header, rows)}")
         parts += [_breakdown(name, system["scores"][split], strings) for name, system in scored.items()]
@@ -209,7 +215,7 @@ def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strin
     return details(f"{strings('reliability')}: {system}", picture)
 
 
-_MEASURES = {"wer": "WER", "per": "PER", "kana_cer": "CER", "cer": "CER"}
+_MEASURES = {"wer": "WER", "per": "PER", "kana_cer": "CER", "cer": "CER", "text_cer": "text CER"}
 
 
 def _confusions(measure: str, pairs: Sequence[tuple[str, str, int]], as_kana: bool, strings: Strings) -> str:

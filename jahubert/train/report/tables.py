@@ -25,9 +25,11 @@ def splits_of(systems: Mapping[str, Any]) -> list[str]:
 
 def _split_table(split: str, systems: Mapping[str, Any]) -> str:
     width = max(18, *(len(name) + 2 for name in systems))
+    has_texts = any("text_cer" in system["scores"].get(split, {}) for system in systems.values())
+    last = f"{'kana CER %':<25}text CER %" if has_texts else "kana CER %"
     lines = [
         f"Recognition on {split} (95 % intervals in brackets)",
-        f"  {'system':<{width}}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{'kana CER %':<10}",
+        f"  {'system':<{width}}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{last}",
     ]
     for name, system in systems.items():
         if split not in system["scores"]:
@@ -40,6 +42,8 @@ def _split_table(split: str, systems: Mapping[str, Any]) -> str:
         )
         hours = system["hours"]
         labels = f"{hours * 60:.1f} min" if hours < 10 else f"{hours:.0f} h"
+        if has_texts:
+            cer = f"{cer:<25}{_rate(score.get('text_cer'))}"
         lines.append(f"  {name:<{width}}{labels:>9}{system['updates']:>9}   {per:<25}{wer:<25}{cer}")
     return "\n".join(lines)
 

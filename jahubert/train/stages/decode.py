@@ -3,7 +3,8 @@
 Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
 Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, the score of the
         hypothesis (including the weighted score of the n-gram, if any), the mean log-probabilities of the
-        labels of each word, and, if configured, the n-best list and the words as written in the lexicon;
+        labels of each word, and, if configured, the n-best list, and with a lexicon, the reference text and
+        the words as written in the lexicon;
         phonemes.json: the vocabulary; with `align_splits`, also alignment.jsonl: phone and word times; with
         `tune_splits`, also tuning.json: the error rate for each weight and bonus tried
 
@@ -56,7 +57,7 @@ from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a frame of its phone
 
 

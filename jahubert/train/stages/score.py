@@ -1,4 +1,4 @@
-"""Scoring of hypotheses: WER, PER, kana CER or CER, depending on the vocabulary and the lexicon.
+"""Scoring of hypotheses: WER, PER, kana CER or CER, depending on the vocabulary, and text CER with a lexicon.
 
 Reads   the hypotheses written by the decode stage, and those of another system if `baseline` is set
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
@@ -26,10 +26,12 @@ from jahubert.inference.confidence import Calibration, fit_calibration
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.evaluation.metrics import paired_bootstrap
 from jahubert.train.evaluation.scoring import (
+    TEXT_CER,
     Measure,
     ScoredUtterance,
     SetScore,
     details,
+    has_text,
     measures_for,
     phone_wer,
     published_table,
@@ -43,7 +45,7 @@ from jahubert.train.report.results import result_label
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 _N_CONFUSIONS = 30
 
 
@@ -68,6 +70,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     metrics = {}
     for path in _hypothesis_files(config.hypotheses):
         set_score = SetScore(list(read_hypotheses(path)), measures)
+        _report_missing_texts(set_score, path.stem)
         score = score_set(set_score, config)
         if config.baseline:
             score["against"] = compare_with_baseline(set_score, config.baseline / path.name, config)
@@ -137,9 +140,23 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
             reference=[tuple(word.split(" ")) for word in item["reference"]],
             hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
             word_scores=item.get("word_scores"),
-            reference_text=item.get("reference_text", ""),
+            reference_text=item.get("reference_text"),
             written=item.get("written"),
         )
+
+
+def _references_differ(ours: ScoredUtterance, theirs: ScoredUtterance) -> bool:
+    texts = ours.reference_text, theirs.reference_text
+    return ours.reference != theirs.reference or (None not in texts and texts[0] != texts[1])
+
+
+def _report_missing_texts(set_score: SetScore, split: str) -> None:
+    missing = sum(not has_text(utterance) for utterance in set_score.utterances)
+    if TEXT_CER in set_score.measures and missing:
+        log.warning(
+            "%s: utterances without a text, which do not count for the text CER: %d of %d",
+            split, missing, len(set_score.utterances),
+        )  # fmt: skip
 
 
 def score_set(set_score: SetScore, config: Config) -> dict[str, Any]:
@@ -170,18 +187,21 @@ def compare_with_baseline(set_score: SetScore, path: Path, config: Config) -> di
     different = [
         ours.id
         for ours, theirs in zip(set_score.utterances, paired, strict=True)
-        if ours.reference != theirs.reference
+        if _references_differ(ours, theirs)
     ]
     if different:
         raise DataError(
             f"{path}: the references of {len(different)} of {len(paired)} utterances differ from those of "
             f"the baseline, for example {quote(different[0])}; use the same targets for both systems"
         )
-    baseline = SetScore(paired, set_score.measures)
+    baseline = SetScore(paired, set_score.vocabulary_measures)
+    if set_score.measures != baseline.measures:
+        log.warning("%s: the text CER is not compared, because only one system has it", path.stem)
     result = {}
-    for name, counts in set_score.counts.items():
-        if name not in baseline.counts:  # only one of the systems used a lexicon
+    for name in set_score.counts:
+        if name not in baseline.counts:
             continue
+        counts = set_score.counts[name]
         errors = [count.errors for count in counts]
         baseline_errors = [count.errors for count in baseline.counts[name]]
         lengths = [count.length for count in counts]

@@ -176,22 +176,36 @@ def test_score_writes_json_and_text(tmp_path, capsys):
     assert f"here: {tmp_path / 'decode'} " in printed and "57.14" in printed
 
 
-def test_text_of_a_lexicon_is_compared_with_the_text_of_the_corpus(tmp_path):
-    texts = [("傘、木、王。", "傘 菊 王"), ("蚊", ""), ("酒１本", "酒 1 本"), ("傘木", "傘 木")]
+def test_text_of_a_lexicon_is_compared_with_the_text_of_the_corpus(tmp_path, caplog):
+    texts = [("傘、木、王。", "傘 菊 王"), ("蚊", ""), ("酒１本", "酒 1 本"), ("。", "傘 木")]
     folder = hypotheses(tmp_path / "lexicon", texts=texts)
     scores, out = run(tmp_path, hypotheses=folder, baseline=folder)
     found = scores["test"]["text_cer"]
-    assert (found["errors"], found["length"], found["substitutions"], found["deletions"]) == (2, 9, 1, 1)
+    assert (found["errors"], found["length"], found["substitutions"], found["deletions"]) == (2, 7, 1, 1)
     assert scores["test"]["speakers"]["bo"]["text_cer"]["rate"] == 1
     assert scores["test"]["against"]["text_cer"]["difference"] == 0
     assert found["normalizer"] in (out / "table.txt").read_text()
+    assert "1 of 4" in caplog.text  # the last utterance has no text
+
+
+@pytest.mark.parametrize("lexicon_in_baseline", [False, True])
+def test_text_cer_of_one_system_is_not_compared(lexicon_in_baseline, tmp_path, caplog):
+    lexicon = hypotheses(tmp_path / "lexicon", texts=[("傘", "傘")] * len(LINES))
     plain = hypotheses(tmp_path / "plain")
-    scores, _ = run(tmp_path, "against", hypotheses=folder, baseline=plain)
+    systems = (plain, lexicon) if lexicon_in_baseline else (lexicon, plain)
+    scores, _ = run(tmp_path, hypotheses=systems[0], baseline=systems[1])
     assert "text_cer" not in scores["test"]["against"] and "per" in scores["test"]["against"]
+    assert ("text_cer" in scores["test"]) != lexicon_in_baseline and "not compared" in caplog.text
 
 
-@pytest.mark.parametrize("texts", [None, [("傘", "傘"), ("", "蚊"), ("酒", "酒"), ("木", "木")]])
-def test_text_is_scored_only_if_every_utterance_has_one(tmp_path, texts):
+def test_baseline_with_other_texts_is_rejected(tmp_path):
+    folders = [hypotheses(tmp_path / text, texts=[(text, text)] * len(LINES)) for text in ("傘", "蚊")]
+    with pytest.raises(DataError, match="u0"):
+        run(tmp_path, hypotheses=folders[0], baseline=folders[1])
+
+
+@pytest.mark.parametrize("texts", [None, [("", "傘")] * len(LINES)])
+def test_without_texts_there_is_no_text_cer(tmp_path, texts):
     scores, _ = run(tmp_path, hypotheses=hypotheses(tmp_path / "decode", texts=texts))
     assert "text_cer" not in scores["test"] and "per" in scores["test"]
 

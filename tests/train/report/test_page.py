@@ -110,6 +110,16 @@ def test_units_without_phone_times_have_no_quality_columns():
     assert both.count("<th>") == both.count("<td") / 2 == 6
 
 
+def test_text_cer_has_a_column_if_a_system_has_it(tmp_path):
+    summary = {"systems": {"plain": system(0.1), "lexicon": system(0.1)}, "units": {}, "published": {}}
+    assert "text CER" not in text_tables(summary)
+    rate = {"rate": 0.4321, "low": 0.4, "high": 0.5, "normalizer": "letters"}
+    summary["systems"]["lexicon"]["scores"]["test"]["text_cer"] = rate
+    lines = text_tables(summary).splitlines()
+    assert any("text CER %" in line for line in lines)
+    assert [line.split()[0] for line in lines if "43.21" in line] == ["lexicon"]
+
+
 def test_scores_of_earlier_versions_have_no_normalizer():
     summary = {"systems": {"main": system(0.1)}, "published": {}, "units": {}}
     assert "PER: none" in text_tables(summary)
