@@ -1,6 +1,6 @@
 """Script that builds the built-in model, from the corpora to the folder that the wheel contains.
 
-    python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=...
+    python recipes/builtin/build.py data=... common_voice=... hts_voices=... texts=... --lm-texts FILE
     python recipes/builtin/build.py --pack exp/builtin   # pack a finished run, possibly from another machine
 
 Unless `pretrained=` names a model, the script pretrains one on recordings alone (exp/builtin-pretraining). It
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_model import write_language_model
+from language_model import read_sentences, write_language_model
 
 import jahubert
 from jahubert import run
@@ -49,7 +49,9 @@ ATTRIBUTION = (
     'voices "Mei" and "Takumi" (MMDAgent Project Team, Nagoya Institute of Technology, CC BY 3.0, '
     "https://creativecommons.org/licenses/by/3.0/), nitech_jp_atr503_m001 (HTS Working Group, Nagoya "
     "Institute of Technology, CC BY 3.0) and tohoku-f01 (Tohoku University, CC BY 4.0, "
-    "https://creativecommons.org/licenses/by/4.0/)"
+    "https://creativecommons.org/licenses/by/4.0/). The n-gram was also estimated from sentences of the "
+    "Tanaka Corpus (compiled by Yasuhito Tanaka, Hyogo University, and now part of Tatoeba, "
+    "https://www.edrdg.org/wiki/index.php/Tanaka_Corpus, CC BY 2.0 FR)"
 )
 SETS = {
     "test_low": "held-out words, lower of the two recorded voices",
@@ -71,9 +73,8 @@ FINISHED = (
 )
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
-# Settings with paths. The model card shows those in CORPORA as "..." and omits the others.
 CORPORA = ("data", "common_voice", "other_languages", "sentences", "hts_voices", "texts")
-PATHS = (*CORPORA, "exp", "pretrained")
+SHOWN = ("pretrained", *CORPORA)  # settings with paths, which the model card shows as "..."
 SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that are also passed to pretraining
 
 
@@ -89,11 +90,18 @@ def main(argv: list[str]) -> int:
         default=Path(jahubert.__file__).parent / "assets" / NAME,
         help="folder to write (default: the folder of the built-in model in the package)",
     )
+    parser.add_argument(
+        "--lm-texts",
+        metavar="FILE",
+        type=Path,
+        help="further sentences for the n-gram, in one of the formats that the voices recipe reads",
+    )
     parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
     args = parser.parse_args(argv)
     given = {setting.partition("=")[0] for setting in args.settings}
-    settings = [f"{name}=..." for name in CORPORA if name in given]
-    settings += [setting for setting in args.settings if setting.partition("=")[0] not in PATHS]
+    settings = [f"{name}=..." for name in SHOWN if name in given]
+    settings += [setting for setting in args.settings if setting.partition("=")[0] not in (*SHOWN, "exp")]
+    settings += ["--lm-texts ..."] if args.lm_texts else []
     command = " ".join(["python recipes/builtin/build.py", *settings])
     overrides = ["recipe=builtin"]
     if "sentences" not in given:
@@ -101,12 +109,19 @@ def main(argv: list[str]) -> int:
         overrides.append(f"decode.splits=[{','.join(splits)}]")
     overrides += args.settings
     try:
+        if args.lm_texts:
+            if args.pack is not None:
+                raise ConfigError("--lm-texts has no effect with --pack, which uses the existing n-gram")
+            args.lm_texts = expand_user(args.lm_texts)
+            read_sentences(args.lm_texts)  # to report an unreadable file before the training
         if args.pack is None:
             if "data" not in given or "common_voice" not in given:
                 raise ConfigError("data= and common_voice= are required; see recipes/builtin/README.md")
             status, source = pretrained(args.settings)
             overrides.append(f"pretrained={source}")
-            status = status or run.main([*overrides, "stage=all"]) or decode_with_ngram(overrides)
+            status = (
+                status or run.main([*overrides, "stage=all"]) or decode_with_ngram(overrides, args.lm_texts)
+            )
             if status:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
@@ -133,13 +148,13 @@ def pretrained(settings: list[str]) -> tuple[int, str]:
     return status, str(Path(tree["exp"], f"iter{tree['iterations']}", "pretrain"))
 
 
-def decode_with_ngram(overrides: list[str]) -> int:
+def decode_with_ngram(overrides: list[str], lm_texts: Path | None) -> int:
     """Estimate the n-gram, tune its weight, decode with it, score the result, and return the exit status."""
     tree = compose(overrides)
     exp = Path(tree["exp"])
-    if not (exp / LANGUAGE_MODEL).exists():
-        texts = Path(expand_user(tree["texts"])) if tree["texts"] else None
-        write_language_model(exp, texts, exp / LANGUAGE_MODEL)
+    texts = [expand_user(tree["texts"])] if tree["texts"] else []
+    texts += [lm_texts] if lm_texts else []
+    write_language_model(exp, texts, exp / LANGUAGE_MODEL)  # repeated each time, because it takes a minute
     decode = [
         f"decode.lm={exp / LANGUAGE_MODEL}",
         f"decode.tune_splits=[{','.join(tree['finetune']['dev_splits'])}]",

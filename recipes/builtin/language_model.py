@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jahubert.lm.arpa import write_arpa
@@ -13,12 +13,14 @@ from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.normalization import recognized_characters
 from jahubert.train.text.tokens import Tokenizer
 
-ORDER = 6
+ORDER = 8
+MIN_GAIN = 2.0  # threshold for pruning in nats
+DIGITS = 4  # significant digits in the ARPA file
 
 read_sentences = recipe_module("voices").read_sentences
 
 
-def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
+def write_language_model(exp: Path, texts: Iterable[Path], target: Path) -> None:
     """Estimate the n-gram model, and write it to an ARPA file.
 
     Each distinct sentence is counted once, although it may occur in several voices and at several speeds.
@@ -26,16 +28,16 @@ def write_language_model(exp: Path, texts: Path | None, target: Path) -> None:
 
     Args:
         exp: experiment folder with the finished stages prepare and targets.
-        texts: file with additional sentences, in the format of the voices recipe.
+        texts: files with additional sentences, in one of the formats that the voices recipe reads.
         target: path of the ARPA file, which is compressed if the name ends in .gz.
     """
     manifest = Manifest(exp / "prepare" / "manifest.arrow")
     held_out = held_out_sentences(manifest)
     sentences = set(training_sentences(manifest, TargetStore(exp / "targets"), held_out))
-    if texts is not None:
-        lines = [line for line in read_sentences(texts) if recognized_characters(line) not in held_out]
+    for path in texts:
+        lines = [line for line in read_sentences(path) if recognized_characters(line) not in held_out]
         sentences.update(map(tuple, Tokenizer("phone").sentences(lines)))
-    write_arpa(train_ngram(sorted(sentences), ORDER), target)
+    write_arpa(train_ngram(sorted(sentences), ORDER, MIN_GAIN), target, DIGITS)
 
 
 def training_sentences(

@@ -2,8 +2,8 @@
 
 The data come from these sources:
 
-- the words of the `tofugu` recipe, single and joined, and copies of the joined words at other speeds, which
-  sound like voices with another vocal tract length and speaking rate;
+- the words of the `tofugu` recipe, single and joined, and copies at other speeds, which sound like voices
+  with another vocal tract length and speaking rate;
 - sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of the `voices` recipe;
@@ -59,7 +59,8 @@ class Config:
     voices: Voices = field(default_factory=Voices)
     speakers: Speakers = field(default_factory=Speakers)  # options for the mixed voices
     reading: float = 35.0  # duration of training words in synthetic voices, in minutes
-    speeds: tuple[float, ...] = (0.87, 1.15)  # each joined training utterance is repeated at one of them
+    # Single training words are repeated at each of these speeds, and joined ones at one of them.
+    speeds: tuple[float, ...] = (0.87, 1.15)
 
     def __post_init__(self) -> None:
         if not all(0.5 <= speed <= 2 for speed in self.speeds):
@@ -92,8 +93,10 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         yield item
         if item.split == "train" and not joined:
             words.append(item.text)
-        if item.split == "train" and joined and config.speeds:
-            yield read_speech.at_speed(item, config.speeds[number % len(config.speeds)], work / "speeds")
+        if item.split == "train" and config.speeds:
+            speeds = (config.speeds[number % len(config.speeds)],) if joined else config.speeds
+            for speed in speeds:
+                yield read_speech.at_speed(item, speed, work / "speeds")
     real = list(_test_recordings(expand_user(config.sentences))) if config.sentences else []
     yield from real
     recorded = {item.text for item in real}

@@ -49,7 +49,8 @@ def test_model_card_is_complete():
         "Tofugu and WaniKani",
         "Mei",
         "not suitable for",
-        "build.py data=...",
+        "build.py pretrained=... data=...",
+        "Tanaka",
     ):
         assert part in card
     info = jahubert.load_bundle(MODEL).info

@@ -106,6 +106,14 @@ def test_splits_are_complete_and_disjoint(corpus):
             assert item.split == ("test_low" if number % 2 else "test_high")
 
 
+def test_training_words_are_repeated_at_other_speeds(corpus):
+    words = {item.id: item.split for item in corpus if item.id.startswith("word")}
+    recorded = {name for name in words if not name.endswith(("-0.87", "-1.15"))}
+    training = {name for name in recorded if words[name] == "train"}
+    assert training and training != recorded
+    assert words.keys() - recorded == {f"{name}-{speed}" for name in training for speed in (0.87, 1.15)}
+
+
 def test_no_held_out_sentence_is_synthesized_for_training(corpus):
     sentences = {"train": set(), "held out": set()}
     for item in corpus:
@@ -358,6 +366,13 @@ def test_pretraining_runs_on_recordings_unless_a_model_is_given(monkeypatch):
     assert build.pretrained(settings)[0] == 2
 
 
+@pytest.mark.parametrize("options", [["data=/c", "common_voice=/c"], ["--pack", "exp"]])
+def test_unusable_texts_are_reported_before_the_training(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build.run, "main", None)
+    assert build.main(["--lm-texts", str(tmp_path / "missing.txt"), *options]) == 2
+    assert ("missing.txt" in capsys.readouterr().err) == ("--pack" not in options)
+
+
 def test_sentences_are_decoded_only_if_given(monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(overrides) or 2)
@@ -390,19 +405,22 @@ def test_ngram_counts_distinct_sentences_without_held_out_ones(tmp_path, monkeyp
     targets.run(targets.Config(tmp_path / "prepare" / "manifest.arrow"), tmp_path / "targets")
     texts = tmp_path / "texts.txt"
     texts.write_text("傘\n犬\n", encoding="utf-8")
+    more = tmp_path / "more.tsv"
+    more.write_text("id\ttext\n1\t帆\n2\t犬\n", encoding="utf-8")
     monkeypatch.setattr(language_model, "ORDER", 2)
-    language_model.write_language_model(tmp_path, texts, tmp_path / "a.arpa.gz")
-    assert set(read_arpa(tmp_path / "a.arpa.gz").words) == {"<s>", "</s>", "<unk>", *"amein", "u"}
+    monkeypatch.setattr(language_model, "MIN_GAIN", 0.0)
+    language_model.write_language_model(tmp_path, [texts, more], tmp_path / "a.arpa.gz")
+    assert set(read_arpa(tmp_path / "a.arpa.gz").words) == {"<s>", "</s>", "<unk>", *"ameinho", "u"}
 
 
 def test_decoding_with_the_ngram_is_tuned_and_scored_against_the_plain_one(monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.setattr(build, "write_language_model", lambda exp, texts, target: commands.append([texts]))
     monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(list(overrides)) or 0)
-    assert build.decode_with_ngram(["recipe=builtin", "exp=e", "texts=/t.txt"]) == 0
+    assert build.decode_with_ngram(["recipe=builtin", "exp=e", "texts=/t.txt"], Path("/l.txt")) == 0
     (texts,), decode, score = commands
-    assert texts == Path("/t.txt")
-    assert {"stage=decode", "decoding=ngram", "decode.tune_splits=[dev_joined,dev_cv,dev_made]"} <= set(
+    assert texts == [Path("/t.txt"), Path("/l.txt")]
+    assert {"stage=decode", "decoding=ngram", "decode.tune_splits=[dev,dev_joined,dev_cv,dev_made]"} <= set(
         decode
     )
     assert "decode.lm=e/language_model.arpa.gz" in decode
