@@ -2,10 +2,10 @@
 
 The method is overlap-save with windows of twice the kernel size. Each frequency requires one small matrix
 product per group, and the Fourier transforms are matrix products as well. The method takes a quarter of the
-operations of a direct convolution with 128 taps. It computes in bfloat16 under autocast to bfloat16, and
-otherwise in at least float32, whereas by default, a GPU's own convolution uses TF32. On a CPU, the direct
-convolution is used where it is faster, that is, for short batches and, on CPUs with AMX, in lower precision
-(autocast).
+operations of a direct convolution with 128 taps. Without gradients, it computes in bfloat16 under autocast to
+bfloat16, and otherwise in at least float32, whereas by default, a GPU's own convolution uses TF32. On a CPU,
+the direct convolution is used where it is faster, that is, for short batches and, on CPUs with AMX, in lower
+precision (autocast).
 
 Shapes: N packed frames, D width, K taps, W windows, F = K + 1 frequencies, G groups, C channels of a group.
 """
@@ -55,7 +55,8 @@ def _direct(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
 def frequency_domain_conv(module: PositionalConv, x_ND: Tensor, packing: Packing) -> Tensor:
     """Compute `PositionalConv.forward` on packed frames as a product of spectra."""
     dtype = autocast_dtype(x_ND)
-    if dtype is not torch.bfloat16:  # the sums in the spectra could exceed the range of float16
+    # bfloat16 may learn less well (LOG.md), and sums in the spectra could exceed the range of float16.
+    if torch.is_grad_enabled() or dtype is not torch.bfloat16:
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False):
         y_ND = _correlate(x_ND.to(dtype), module.conv.weight.to(dtype), packing)
