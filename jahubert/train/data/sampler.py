@@ -11,7 +11,7 @@ The state of the sampler consists of two integers: the epoch, and the number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, pairwise
 
@@ -46,16 +46,6 @@ class BatchSizes:
     one_shape: bool = False  # whether all micro-batches have the same shape (see `Sampler.shape`)
 
 
-def too_few_utterances(fewest: int, sizes: BatchSizes, processes: int) -> str:
-    """Return the error message for an update of only `fewest` utterances that processes cannot share."""
-    groups, seconds = sizes.groups, sizes.group_seconds
-    return (
-        f"an update of {groups} group{'s'[: groups > 1]} of {seconds:g} s may have only {fewest} utterance"
-        f"{'s'[: fewest > 1]}, which {processes} processes cannot share; start fewer processes, or increase "
-        "train.groups or train.batch_seconds"
-    )
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """Manifest rows that are processed together: a group from the sampler, or a part of one."""
@@ -65,6 +55,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     part: int = 0  # index of the part within the group
     group: tuple[int, ...] | None = None  # all rows of the group; None: the same as `rows`
+    is_filler: bool = False  # a copy for a process that would otherwise have nothing to compute; not counted
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -173,32 +164,17 @@ class Sampler:
     def update(self, epoch: int, cursor: int, processes: int = 1) -> list[MicroBatch]:
         """Return the micro-batches of the update that starts at group `cursor` of an epoch.
 
-        Groups are cut into more parts until the number of micro-batches is a multiple of `processes`.
-
-        Raises:
-            DataError: the update has fewer utterances than there are processes.
+        Groups are cut into more parts until the number of micro-batches is a multiple of `processes`. If
+        there are too few utterances for that, the last processes get fillers.
         """
         groups = [self._group(micro) for micro in islice(self.stream(epoch, cursor), self.sizes.groups)]
         while sum(len(group.parts) for group in groups) % processes:
             divisible = [group for group in groups if len(group.parts) < len(group.lengths)]
             if not divisible:
-                fewest = sum(len(group.lengths) for group in groups)
-                raise DataError(too_few_utterances(fewest, self.sizes, processes))
+                break
             max(divisible, key=_Group.longest_part).split()
-        return [part for group in groups for part in group.micro_batches()]
-
-    def check_processes(self, processes: int) -> None:
-        """Check before training that `processes` processes can share every update.
-
-        Raises:
-            ConfigError: an update may have fewer utterances than there are processes.
-        """
-        n_rows, groups = np.diff(self.epoch(0).starts), self.sizes.groups
-        # The order differs between epochs, so a group may be the last of one epoch and the first of the next.
-        occurrences = 1 + -(-(groups - 1) // len(n_rows))
-        fewest = int(np.sort(np.repeat(n_rows, occurrences))[:groups].sum())
-        if processes > fewest:
-            raise ConfigError(too_few_utterances(fewest, self.sizes, processes))
+        parts = [part for group in groups for part in group.micro_batches()]
+        return parts + [replace(parts[0], is_filler=True)] * (-len(parts) % processes)
 
     def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
         """Iterate over one process's share of the micro-batches in epoch 0, for an evaluation."""
@@ -236,7 +212,7 @@ class Sampler:
     def _balanced(self, length: np.ndarray, first: int, second: int, end: int) -> int:
         """Return a start of the last group that gives it up to half of the rows of the last two groups.
 
-        Otherwise, the last group could be a single utterance, which several processes cannot share.
+        Otherwise, the last group could be a single utterance, which several processes cannot share evenly.
         """
         while second - first > end - second + 1:
             rows, longest = end - second + 1, int(length[second - 1 : end].max())

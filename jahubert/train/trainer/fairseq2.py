@@ -106,7 +106,6 @@ def train(
         StaleError: the checkpoints were saved by another engine or by a different number of processes.
         Stopped, ConfigError, DataError, JahubertError: as in the default engine.
     """
-    data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
     run = _TrainingRun(module, data, config, out, validate, best)
     with stop_signals() as run.stop, closing(run.reader):
@@ -376,6 +375,7 @@ class _Unit(TrainUnit):
     def process_batch(self, batch: _LazyBatch, metric_bag: MetricBag) -> tuple[Tensor, float]:
         seed_micro_batch(self.run.module.seed, batch.micro)  # type: ignore[arg-type]
         loss = self.wrapped(batch.batch, self.step)
+        loss = loss.discarded() if batch.micro.is_filler else loss
         metric_bag.get(SUMS, _Sums).update({"total": loss.total, "count": loss.count, **loss.sums})
         self.total = self.total + loss.total.detach()
         self.losses.append((batch.micro, loss.total.detach()))

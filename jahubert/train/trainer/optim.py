@@ -11,7 +11,7 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.model.precision import preferred_dtype
-from jahubert.train.data.sampler import BatchSizes, groups_per_update, too_few_utterances
+from jahubert.train.data.sampler import BatchSizes, groups_per_update
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
 
@@ -97,9 +97,10 @@ class TrainConfig:
         return BatchSizes(self.batch_seconds / groups, groups, self.micro_seconds, self.compile)
 
     def check_processes(self, processes: int, longest: float) -> None:
-        """Check that each process gets at least one utterance per update of full groups.
+        """Check that an update of full groups has at least one utterance per process.
 
-        `Sampler.check_processes` checks the groups of a corpus, of which the last one may not be full.
+        Processes without an utterance would only compute fillers (see `MicroBatch`). In a few updates of a
+        run, that is harmless, but here it would happen often.
 
         Args:
             longest: length of the longest utterance in seconds.
@@ -110,7 +111,12 @@ class TrainConfig:
         sizes = self.batch_sizes
         fewest = max(1, sizes.groups * int(sizes.group_seconds / longest))
         if processes > fewest:
-            raise ConfigError(f"train.batch_seconds: {too_few_utterances(fewest, sizes, processes)}")
+            raise ConfigError(
+                f"train.batch_seconds: an update of {sizes.groups} group{'s'[: sizes.groups > 1]} of "
+                f"{sizes.group_seconds:g} s may have only {fewest} utterance{'s'[: fewest > 1]} for "
+                f"{processes} processes; start fewer processes, or increase train.groups or "
+                "train.batch_seconds"
+            )
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

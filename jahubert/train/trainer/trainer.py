@@ -63,6 +63,11 @@ class Loss:
     count: Tensor | float
     sums: dict[str, Tensor | float]  # additional sums for the metrics
 
+    def discarded(self) -> Loss:
+        """Return a loss of zero, with gradients of zero, for a filler micro-batch."""
+        sums = {name: 0.0 * value for name, value in self.sums.items()}
+        return Loss(0.0 * self.total, 0.0 * self.count, sums)
+
 
 class Trainable(Protocol):
     """Protocol of an `nn.Module` that computes its own loss."""
@@ -149,8 +154,7 @@ def train(
     Raises:
         Stopped: a stop signal was received, and a checkpoint was saved.
         ConfigError: the device is unavailable or does not support the precision, there is too little shared
-            memory for the DataLoader workers, an update may have fewer utterances than there are processes,
-            or the tracker cannot be started.
+            memory for the DataLoader workers, or the tracker cannot be started.
         MissingExtraError: the tracker is wandb, which is not installed.
         StaleError: `out` contains checkpoints from another engine.
         DataError: the newest intact checkpoint or the file of the best weights cannot be read.
@@ -159,7 +163,6 @@ def train(
 
     Exceptions that `data` and `validate` raise propagate.
     """
-    data.sampler.check_processes(distributed.world())
     check_shared_memory(config)
     if config.sharded and distributed.world() == 1:
         log.warning("train.sharded=true has no effect with a single process")
@@ -261,6 +264,7 @@ class _TrainingRun:
         with self.parallel.accumulating(last):
             with autocast(self.dtype, self.device):
                 loss: Loss = self.parallel(batch, self.step)
+            loss = loss.discarded() if micro.is_filler else loss
             self.scaler.scale(loss.total).backward()
         return loss
 

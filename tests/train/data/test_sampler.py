@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.masking import seeded_rng
@@ -100,26 +101,13 @@ def test_update_does_not_depend_on_micro_batches_and_processes():
             assert [micro.rows for micro in micro_batches if micro.group is None and micro.part] == []
 
 
-def test_too_many_processes_are_rejected():
-    sampler = Sampler(np.arange(8), np.full(8, 32_000), BatchSizes(8.0), seed=1)
-    assert len(sampler.update(0, 0, 4)) == 4
-    with pytest.raises(DataError, match=r"4 utterances.*5 processes"):
-        sampler.update(0, 0, 5)
-
-
-@pytest.mark.parametrize(
-    ("n_rows", "groups", "fewest"),
-    [(7, 1, 1), (8, 1, 2), (7, 2, 2), (8, 2, 4), (1, 1, 1), (1, 3, 3), (3, 4, 5)],
-)
-def test_processes_that_cannot_share_every_update_are_rejected_before_the_training(n_rows, groups, fewest):
-    """Each group has two utterances of 2 s, except that the last group may have only one utterance."""
-    sampler = Sampler(np.arange(n_rows), np.full(n_rows, 32_000), BatchSizes(4.0, groups), seed=1)
-    n_groups = len(sampler.epoch(0))
-    updates = [sampler.update(epoch, cursor) for epoch in range(30) for cursor in range(n_groups)]
-    assert min(sum(len(micro.rows) for micro in update) for update in updates) == fewest
-    sampler.check_processes(fewest)
-    with pytest.raises(ConfigError, match=rf"only {fewest} utt.* {fewest + 1} processes.*train\.groups"):
-        sampler.check_processes(fewest + 1)
+def test_processes_without_utterances_get_fillers():
+    sampler = Sampler(np.arange(3), np.full(3, 32_000), BatchSizes(8.0), seed=1)
+    *utterances, first, second = sampler.update(0, 0, 5)
+    assert sorted(row for micro in utterances for row in micro.rows) == [0, 1, 2]
+    assert not any(micro.is_filler for micro in utterances)
+    assert first == second == replace(utterances[0], is_filler=True)
+    assert not any(micro.is_filler for micro in sampler.update(0, 0, 3))
 
 
 def bytes_per_row(n: int) -> tuple[float, float]:

@@ -5,10 +5,12 @@ The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLD
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,16 @@ def train_toy(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     return module.state_dict()
 
 
+def train_on_one_row(out: Path) -> dict[str, Tensor]:
+    """Train without dropout on updates of a single utterance, and save the weights."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    module = Toy()
+    module.net[1].p = 0.0
+    train(module, Data(groups=1, rows=1), replace(CONFIG, groups=1, log_every=1), out)
+    return module.state_dict()
+
+
 def test_missing_fairseq2_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "fairseq2", None)  # simulates a missing package
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
@@ -78,6 +90,14 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
     whole, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    # The second process has no utterance, so it must not change the result.
+    alone, shared = train_on_one_row(tmp_path / "alone"), load_file(tmp_path / "shared.safetensors")
+    assert all(torch.allclose(alone[name], shared[name], rtol=1e-6) for name in alone)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
+        for run in ("alone", "shared")
+    ]
+    assert len(losses[0]) == CONFIG.max_steps and losses[0] == pytest.approx(losses[1])
 
 
 def main(folder: Path) -> None:
@@ -98,6 +118,9 @@ def main(folder: Path) -> None:
                 save_file(state, folder / f"{name}.safetensors")
         # Each step has one all-reduce for losses and stop requests. The stopped run needs three more steps.
         assert len(sums) == 3 + CONFIG.max_steps
+        state = train_on_one_row(folder / "shared")
+        if distributed.rank() == 0:
+            save_file(state, folder / "shared.safetensors")
 
 
 if __name__ == "__main__":
