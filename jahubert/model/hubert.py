@@ -198,15 +198,20 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, frames: Tensor | Packing | None) -> Tensor:
-        """Apply the block to a padded batch (B, S, D) with a mask (B, S), or to packed frames (N, D)."""
-        if isinstance(frames, kernels.Packing):
-            return kernels.encoder_layer(self, x, frames)
+    def forward(self, x: Tensor, layout: Tensor | Packing | None) -> Tensor:
+        """Apply the block to a padded batch (B, S, D), or to packed frames (N, D).
+
+        Args:
+            layout: the mask (B, S) of valid frames in a padded batch (None: all), or the `Packing` of packed
+                frames.
+        """
+        if isinstance(layout, kernels.Packing):
+            return kernels.encoder_layer(self, x, layout)
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.layer_norm(x), frames))
+            x = x + self.dropout(self.attention(self.layer_norm(x), layout))
             x = x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
         else:
-            x = self.layer_norm(x + self.dropout(self.attention(x, frames)))
+            x = self.layer_norm(x + self.dropout(self.attention(x, layout)))
             x = self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
         return x
 
@@ -239,10 +244,13 @@ class Encoder(nn.Module):
         x_BSD = x_BSD + self.pos_conv_embed(x_BSD)
         if not self.pre_norm:
             x_BSD = self.layer_norm(x_BSD)
-        return self.transformer(self.dropout(x_BSD), valid_BS, last_layer, keep_layers)
+        x_BSD, kept = self.transformer(self.dropout(x_BSD), valid_BS, last_layer, keep_layers)
+        if self.pre_norm and last_layer is None:
+            x_BSD = self.layer_norm(x_BSD)
+        return x_BSD, kept
 
     def transformer(
-        self, x: Tensor, frames: Tensor | Packing | None, last_layer: int | None, keep_layers: Collection[int]
+        self, x: Tensor, layout: Tensor | Packing | None, last_layer: int | None, keep_layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Apply the blocks to a padded batch or to packed frames (see `EncoderLayer.forward`)."""
         kept = {0: x} if 0 in keep_layers else {}
@@ -251,12 +259,9 @@ class Encoder(nn.Module):
             # synchronized.
             skipped = self.training and torch.rand((), device="cpu").item() < self.layer_drop
             if not skipped:
-                x = layer(x, frames)
+                x = layer(x, layout)
             if number in keep_layers:
                 kept[number] = x
-        if self.pre_norm and last_layer is None:
-            packed = isinstance(frames, kernels.Packing)
-            x = kernels.layer_norm(self.layer_norm, x) if packed else self.layer_norm(x)
         return x, kept
 
 

@@ -7,12 +7,11 @@ from jahubert.model.kernels.conv_frontend import front_end_padded
 from jahubert.model.kernels.dispatch import disabled, is_tracing, usable
 from jahubert.model.kernels.encoder import encode, encoder_layer
 from jahubert.model.kernels.indexing import BLOCK, index_tensors
-from jahubert.model.kernels.layer_norm import layer_norm
 from jahubert.model.kernels.packing import PackedShape, Packing
 from jahubert.model.kernels.weights import discard_weight_copies, shared_weight_copies
 
 __all__ = [
     "BLOCK", "PackedShape", "Packing", "disabled", "discard_weight_copies", "encode", "encoder_layer",
-    "front_end_padded", "index_tensors", "is_tracing", "layer_norm", "scaled_dot_product_attention",
+    "front_end_padded", "index_tensors", "is_tracing", "scaled_dot_product_attention",
     "shared_weight_copies", "usable",
 ]  # fmt: skip

@@ -74,6 +74,8 @@ def encode(
             x_ND = layer_norm(encoder.layer_norm, x_ND)
         x_ND = dropout(encoder.dropout, x_ND)
         x_ND, kept = encoder.transformer(x_ND, packing, last_layer, keep_layers)
+        if encoder.pre_norm and last_layer is None:
+            x_ND = layer_norm(encoder.layer_norm, x_ND)
     layers = {number: packing.unpack(x) for number, x in kept.items()}
     return Encoded(packing.unpack(x_ND), n_frames_B, layers, penalty)
 
