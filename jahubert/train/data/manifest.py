@@ -363,11 +363,11 @@ class Manifest:
             raise DataError(f"{self.path}: not a manifest of format {FORMAT.decode()}; rerun stage=prepare")
         try:
             self.fingerprint: str = metadata[b"fingerprint"].decode()
+            self._crc32: bytes = metadata[b"crc32"]
             self.counts: dict[str, Any] = json.loads(metadata[b"counts"])
             self.counts["splits"].keys()  # raises an error unless it is a mapping, as other code expects
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: damaged metadata ({error}); rerun stage=prepare") from error
-        self._crc32 = metadata.get(b"crc32")  # None in manifests written by earlier versions
 
     @classmethod
     def verified(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -394,7 +394,7 @@ class Manifest:
                 batch.validate(full=True)
         except pa.ArrowException as error:
             raise DataError(f"{self.path}: damaged ({error}); rerun stage=prepare") from error
-        if self._crc32 is not None and self._crc32 != _crc32(self._rows.batches):
+        if self._crc32 != _crc32(self._rows.batches):
             raise DataError(f"{self.path}: damaged (checksum mismatch); rerun stage=prepare")
 
     def __len__(self) -> int:

@@ -77,13 +77,8 @@ class TargetStore:
         return TargetStore, (self.folder,)  # each worker maps the files into its own memory
 
     def check(self, manifest: Manifest) -> None:
-        """Raise DataError unless the targets were created for this manifest.
-
-        Targets of earlier versions lack the fingerprint of the manifest. For them, only the number of
-        utterances is compared.
-        """
-        header = read_record(self.folder / HEADER) if (self.folder / HEADER).exists() else {}
-        recorded = header.get("manifest", manifest.fingerprint)
+        """Raise DataError unless the targets were created for this manifest."""
+        recorded = read_record(self.folder / HEADER).get("manifest")
         if len(self) != len(manifest) or recorded != manifest.fingerprint:
             raise DataError(
                 f"{self.folder}: the targets were created for a different manifest than {manifest.path} "

@@ -38,18 +38,6 @@ def content_crc32(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(normalized, sort_keys=True).encode()):08x}"
 
 
-def record_damaged(record: dict[str, Any], crc32: str | None, files: str) -> bool:
-    """Return whether a record does not match its checksum.
-
-    Args:
-        record: the record without its checksum.
-        crc32: the checksum; None if the record has none, because an earlier version wrote it.
-        files: key under which the sizes and checksums of files are stored. Intact records without a checksum
-            do not have this key.
-    """
-    return files in record if crc32 is None else crc32 != content_crc32(record)
-
-
 def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and checksum of each output file of a stage, keyed by path relative to `folder`.
 

@@ -316,7 +316,7 @@ def untyped(value: Any) -> Any:
 def result_fields(config: Any) -> dict[str, Any]:
     """Return the settings that change the result, flattened: `{"train.lr": 5e-4, ...}`."""
     flat: dict[str, Any] = {}
-    omitted = runtime_fields(config)
+    omitted = _runtime_fields(config)
     for name, value, _ in _leaves(config):
         if name in omitted:
             continue
@@ -327,7 +327,7 @@ def result_fields(config: Any) -> dict[str, Any]:
     return flat
 
 
-def runtime_fields(config: Any) -> set[str]:
+def _runtime_fields(config: Any) -> set[str]:
     """Return the names of the settings that do not change the result, which `result_fields` omits.
 
     These are the fields declared by `runtime_field`. If the config has a method `unused_settings`, the fields

@@ -3,10 +3,9 @@
 The fingerprint of a stage covers its name, its VERSION, the settings that change its result, and the
 fingerprints of its inputs. `started.json` is written atomically before the stage runs, and `provenance.json`
 after it has finished. When a stage runs again with the same settings, a finished folder is kept and an
-unfinished one is resumed. If its settings, inputs or VERSION differ, a StaleError lists the
-differences. A setting that is
-missing from a record, because an earlier version of the package lacked it or did not record defaults, is
-assumed to have its default value.
+unfinished one is resumed. If its settings, inputs or VERSION differ, a StaleError lists the differences. A
+setting that is missing from a record, because it was added to the package later, is assumed to have its
+default value.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,10 +36,6 @@ _RECORD_FIELDS: dict[str, Any] = {
     "outputs": dict,
     "seconds": (int, float),
 }
-_FILES = re.compile(r"(.+?)((?:,[^,]+:\d+:[0-9a-f]{8})*)", re.DOTALL)  # groups: first entry, other files
-_FILE_CRC32 = re.compile(r"(:\d+):[0-9a-f]{8}(?=,|$)")  # in the result of `_file_fingerprint`
-# (stage, setting) -> removed values, mapped to the current values with the same result.
-_REMOVED_VALUES = {("kmeans", "backend"): {"auto": "torch"}}
 
 
 def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
@@ -58,35 +52,16 @@ def stage_inputs(stage: str, version: int, config: Any) -> dict[str, Any]:
     return {"stage": stage, "version": version, "settings": fields}
 
 
-def file_settings(config: Any) -> set[str]:
-    """Return the names of the settings that `stage_inputs` replaces with fingerprints of files or folders."""
-    return {
-        name
-        for name, value in result_fields(config).items()
-        if isinstance(value, Path) or source_file(value) is not None
-    }
-
-
 def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def acquire(
-    out: Path,
-    inputs: dict[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-    runtime: Collection[str] = (),
-    files: Collection[str] = (),
-) -> bool:
+def acquire(out: Path, inputs: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> bool:
     """Record that a stage starts in the folder `out`, unless it was started or finished there before.
 
     Args:
         inputs: the result of `stage_inputs`.
         defaults: values of settings that are missing from the folder's record (`default_fields`).
-        runtime: names of the settings that do not change the result (`runtime_fields`). Records written by
-            earlier versions may contain them.
-        files: names of the settings that refer to files (`file_settings`). Earlier versions recorded them in
-            other forms.
 
     Returns:
         Whether the folder has the complete result of the stage.
@@ -98,8 +73,7 @@ def acquire(
     for name in (DONE, STARTED):
         if (out / name).exists():
             before = read_record(out / name)
-            stage, settings = inputs["stage"], inputs["settings"]
-            changes = changed_settings(stage, before, settings, defaults or {}, runtime, files)
+            changes = changed_settings(inputs["stage"], before, inputs["settings"], defaults or {})
             _check_unchanged(out, before, inputs, changes, finished=name == DONE)
             return name == DONE
     out.mkdir(parents=True, exist_ok=True)
@@ -181,7 +155,7 @@ def verify_files(path: Path, large: bool = True) -> None:
         record = read_finished(folder)
         below = path if folder in path.parents else None
         max_bytes = math.inf if large else checksums.LARGE
-        checksums.verify_outputs(folder, record.get("outputs", {}), below, max_bytes)
+        checksums.verify_outputs(folder, record["outputs"], below, max_bytes)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
@@ -191,8 +165,7 @@ def read_finished(folder: Path) -> dict[str, Any]:
         DataError: the record is missing or damaged.
     """
     record = read_record(folder / DONE)
-    crc32 = record.pop("record_crc32", None)
-    if checksums.record_damaged(record, crc32, "outputs"):
+    if record.pop("record_crc32", None) != checksums.content_crc32(record):
         raise DataError(f"{folder / DONE}: damaged record; delete {folder} and rerun its stage")
     return record
 
@@ -269,49 +242,20 @@ def _file_fingerprint(path: Path) -> str:
 
 
 def changed_settings(
-    stage: str,
-    before: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    runtime: Collection[str] = (),
-    files: Collection[str] = (),
+    stage: str, before: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
     """Return one message per setting that differs from a record.
 
-    `defaults`, `runtime` and `files` are described in `acquire`.
+    `defaults` is described in `acquire`.
     """
+    old = before.get("settings", {})
     new, default = (json.loads(json.dumps(dict(side), default=str)) for side in (settings, defaults))
-    old: dict[str, Any] = {}
-    for key, value in before.get("settings", {}).items():
-        if isinstance(value, dict) and key not in new:  # old records contain nested groups of settings
-            old |= {f"{key}.{name}": nested for name, nested in value.items()}
-        else:
-            old[key] = value
     changes = []
-    for key in sorted((old.keys() - set(runtime)) | new.keys()):
-        before_value = old.get(key, default.get(key))
-        if isinstance(before_value, str):
-            before_value = _REMOVED_VALUES.get((stage, key), {}).get(before_value, before_value)
-        value = new.get(key, default.get(key))
-        is_earlier_form = key in files and before_value in _earlier_forms(value)
-        if before_value != value and not is_earlier_form:
-            changes.append(f"{stage}.{key} was {_short(before_value)}, now {_short(value)}")
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key, default.get(key)), new.get(key, default.get(key))
+        if was != now:
+            changes.append(f"{stage}.{key} was {_short(was)}, now {_short(now)}")
     return changes
-
-
-def _earlier_forms(value: Any) -> list[str]:
-    """Return a fingerprint in the forms that earlier versions recorded.
-
-    Some versions recorded no checksums, and some recorded fewer files: for a model folder, only its name and
-    its .safetensors files; for a torchaudio model, only its weights; and for a setting that names a Python
-    file, only the text of the setting.
-    """
-    match = _FILES.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return []
-    weights = [file for file in match[2].split(",") if file.partition(":")[0].endswith(".safetensors")]
-    forms = [match[0], ",".join([match[1], *weights])]
-    return [*forms, *(_FILE_CRC32.sub(r"\1", form) for form in forms)]
 
 
 def _check_unchanged(

@@ -77,7 +77,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
     from jahubert.formats.atomic import remove_leftovers
     from jahubert.formats.lock import remove_stale_lock, run_lock
     from jahubert.train.experiment import distributed, provenance
-    from jahubert.train.experiment.config import default_fields, runtime_fields
+    from jahubert.train.experiment.config import default_fields
     from jahubert.train.experiment.registry import STAGES, resolve
     from jahubert.train.experiment.resource_errors import report_file_errors, report_oom
 
@@ -91,9 +91,7 @@ def run_stage(stage: str, config: Any, out: Path, verify_large: bool = True) -> 
         if not (keep_result and (out / provenance.DONE).exists()):
             lock.enter_context(run_lock(out))
             remove_leftovers(out)
-        defaults, runtime = default_fields(config), runtime_fields(config)
-        files = provenance.file_settings(config)
-        return inputs, keep_result and provenance.acquire(out, inputs, defaults, runtime, files)
+        return inputs, keep_result and provenance.acquire(out, inputs, default_fields(config))
 
     with ExitStack() as lock:
         with report_file_errors(out):

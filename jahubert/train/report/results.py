@@ -89,10 +89,7 @@ def result_label(decode: Path) -> str:
     )
     if not decode_record:
         return str(decode)
-    settings = decode_record["settings"]
-    search = decode_record["metrics"].get("search")
-    if search is None:  # the record was written by an earlier version
-        search = f"beam {settings['beam']}" if settings["search"] == "beam" else settings["search"]
+    search = decode_record["metrics"]["search"]
     decoding = decoding_of(decode)
     parts = [
         exp.resolve().name,

@@ -54,7 +54,6 @@ def _normalizers(systems: Mapping[str, Any]) -> str:
         for system in systems.values()
         for score in system["scores"].values()
         for title, rate in measures_of(score)
-        if "normalizer" in rate  # earlier versions used another key
     }
     return "\n".join(f"{title}: {normalizer}" for title, normalizer in normalizers.items())
 

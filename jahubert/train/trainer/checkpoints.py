@@ -25,12 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from jahubert.errors import DataError, StaleError
 from jahubert.formats.atomic import atomic_folder, remove_leftovers
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.checksums import (
-    content_crc32,
-    describe_outputs,
-    record_damaged,
-    verify_outputs,
-)
+from jahubert.train.experiment.checksums import content_crc32, describe_outputs, verify_outputs
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.trainer.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from jahubert.train.trainer.optim import TrainConfig
@@ -186,10 +181,9 @@ def checkpoint_damage(checkpoint: Path, contents: bool = False) -> str:
     """
     try:
         state = read_record(checkpoint / "run.json")
-        crc32 = state.pop("crc32", None)
-        if record_damaged(state, crc32, "files"):
+        if state.pop("crc32", None) != content_crc32(state):
             return "run.json: checksum does not match"
-        verify_outputs(checkpoint, state.get("files", {}), max_bytes=math.inf if contents else 0)
+        verify_outputs(checkpoint, state["files"], max_bytes=math.inf if contents else 0)
     except (OSError, DataError) as error:
         return f"{error}"
     return ""

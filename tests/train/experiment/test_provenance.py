@@ -5,9 +5,8 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,20 +19,14 @@ from jahubert.train.experiment.provenance import (
     DONE,
     STARTED,
     acquire,
-    changed_settings,
-    file_settings,
     fingerprint,
     finish,
-    read_finished,
     read_record,
     stage_inputs,
     stage_states,
     status_table,
     write_json,
 )
-from jahubert.train.experiment.registry import STAGES
-from jahubert.train.pipeline.runner import run_stage
-from jahubert.train.stages import kmeans
 
 
 @dataclass(frozen=True)
@@ -113,10 +106,6 @@ def test_files_and_models_of_no_stage_are_identified_by_their_content(tmp_path):
         after = stage_inputs("kmeans", 1, Config(path))
         with pytest.raises(StaleError, match=r"kmeans\.source was .*, now "):
             acquire(out / path.name, after)
-        # Earlier versions did not record checksums.
-        name = ",".join(part.rsplit(":", 1)[0] for part in before["settings"]["source"].split(","))
-        acquire(out / f"{path.name}-old", before | {"settings": before["settings"] | {"source": name}})
-        acquire(out / f"{path.name}-old", after, files={"source"})
 
 
 @pytest.mark.parametrize(
@@ -176,101 +165,11 @@ def test_settings_of_a_torchaudio_model_are_part_of_its_identity(tmp_path):
     model, settings, out = tmp_path / "model.pt", tmp_path / "model.json", tmp_path / "out"
     attention = "encoder.transformer.layers.0.attention.q_proj.weight"
     torch.save({name: torch.zeros(1) for name in ("feature_extractor.conv_layers.0.w", attention)}, model)
-    before = stage_inputs("kmeans", 1, Config(model))
     settings.write_text("one")
     acquire(out, stage_inputs("kmeans", 1, Config(model)))
-    acquire(tmp_path / "old", before)
-    acquire(tmp_path / "old", stage_inputs("kmeans", 1, Config(model)), files={"source"})
     settings.write_text("two")
     with pytest.raises(StaleError, match=r"kmeans\.source"):
         acquire(out, stage_inputs("kmeans", 1, Config(model)))
-
-
-def test_earlier_records_of_a_model_folder_are_compared_by_their_safetensors_files(tmp_path):
-    """Earlier versions recorded the name of the folder and, if there were any, its safetensors files."""
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (model / name).write_text("one")
-    inputs = stage_inputs("kmeans", 1, Config(model))
-    name, config, weights = inputs["settings"]["source"].split(",")
-    assert (name, config.split(":")[0]) == ("model", "config.json")
-    for i, recorded in enumerate((f"{name},{weights}", f"{name},{weights.rpartition(':')[0]}")):
-        acquire(tmp_path / f"out{i}", inputs | {"settings": inputs["settings"] | {"source": recorded}})
-        acquire(tmp_path / f"out{i}", inputs, files={"source"})
-    acquire(tmp_path / "bin", inputs | {"settings": inputs["settings"] | {"source": name}})
-    with pytest.raises(StaleError):
-        acquire(tmp_path / "bin", inputs, files={"source"})
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    inputs = stage_inputs("kmeans", 1, Config(model))
-    acquire(tmp_path / "bin", inputs, files={"source"})
-    acquire(tmp_path / "other", inputs | {"settings": inputs["settings"] | {"source": "another"}})
-    with pytest.raises(StaleError):
-        acquire(tmp_path / "other", inputs, files={"source"})
-
-
-@pytest.mark.parametrize(
-    ("recorded", "value"),
-    [
-        ("http://a", "http://a,b"),
-        ("a.flac:1", "a.flac:1:0123abcd"),
-        ("a", "a,b.safetensors:1"),
-        ("a:b", "a:b,c:1:0123abcd"),
-    ],
-)
-def test_text_settings_are_not_compared_as_fingerprints(recorded, value):
-    """Earlier records are compared leniently only for settings that refer to files."""
-    settings = {"source": value, "url": value}
-    changes = changed_settings(
-        "decode", {"settings": settings | {"url": recorded}}, settings, {}, (), {"source"}
-    )
-    assert changes == [f"decode.url was {recorded}, now {value}"]
-
-
-def test_earlier_forms_drop_only_fingerprints_of_files():
-    before, settings = {"settings": {"source": "http://a"}}, {"source": "http://a,b"}
-    assert len(changed_settings("decode", before, settings, {}, (), {"source"})) == 1
-
-
-def test_finished_stage_with_an_earlier_record_of_its_input_is_kept(tmp_path, monkeypatch):
-    stage, runs = ModuleType("stage_for_test"), []
-    stage.__dict__.update(VERSION=1, run=lambda config, out: runs.append(config) or {})
-    monkeypatch.setitem(sys.modules, stage.__name__, stage)
-    monkeypatch.setitem(STAGES, "kmeans", stage.__name__)
-    file, out = tmp_path / "words.txt", tmp_path / "out"
-    file.write_text("word")
-    run_stage("kmeans", Config(file), out)
-    record = read_finished(out)
-    record["settings"]["source"] = "words.txt:4"
-    write_json(out / DONE, record)
-    run_stage("kmeans", Config(file), out)
-    assert len(runs) == 1
-    file.write_text("other")
-    with pytest.raises(StaleError, match=r"kmeans\.source was words\.txt:4, now"):
-        run_stage("kmeans", Config(file), out)
-
-
-def test_removed_value_in_an_earlier_record_equals_its_replacement(tmp_path, source):
-    config = kmeans.Config(source)
-    inputs = stage_inputs("kmeans", kmeans.VERSION, config)
-    acquire(tmp_path / "out", inputs | {"settings": inputs["settings"] | {"backend": "auto"}})
-    acquire(tmp_path / "out", inputs)
-    changed = stage_inputs("kmeans", kmeans.VERSION, replace(config, backend="faiss"))
-    with pytest.raises(StaleError, match=r"kmeans\.backend was torch, now faiss"):
-        acquire(tmp_path / "out", changed)
-    other = {"settings": {"backend": "auto"}}  # the record of another stage
-    assert changed_settings("features", other, {"backend": "torch"}, {}) != []
-
-
-def test_settings_that_refer_to_files_are_found(tmp_path, source):
-    (tmp_path / "custom.py").touch()
-
-    @dataclass(frozen=True)
-    class Custom(Config):
-        kind: str = f"{tmp_path}/custom.py:Feature"
-        model: Path | None = None
-
-    assert file_settings(Custom(source)) == {"source", "kind"}
 
 
 def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
@@ -279,14 +178,9 @@ def test_python_file_of_a_setting_is_part_of_the_inputs(tmp_path, source):
         kind: str = f"{tmp_path}/custom.py:Feature"
 
     file, out = tmp_path / "custom.py", tmp_path / "out"
-    recorded = stage_inputs("features", 1, Custom(source))  # the file does not exist yet
-    assert recorded["settings"]["kind"] == f"{file}:Feature"  # as in records of earlier versions
     file.write_text("class Feature: pass")
-    inputs = stage_inputs("features", 1, Custom(source))
-    acquire(out, inputs)
     acquire(out, stage_inputs("features", 1, Custom(source)))
-    acquire(tmp_path / "old", recorded)
-    acquire(tmp_path / "old", inputs, files={"source", "kind"})
+    acquire(out, stage_inputs("features", 1, Custom(source)))
     file.write_text("class Feature: ...")
     with pytest.raises(StaleError, match=r"features\.kind was .*custom\.py"):
         acquire(out, stage_inputs("features", 1, Custom(source)))

@@ -120,14 +120,6 @@ def test_text_cer_has_a_column_if_a_system_has_it(tmp_path):
     assert [line.split()[0] for line in lines if "43.21" in line] == ["lexicon"]
 
 
-def test_scores_of_earlier_versions_have_no_normalizer():
-    summary = {"systems": {"main": system(0.1)}, "published": {}, "units": {}}
-    assert "PER: none" in text_tables(summary)
-    del summary["systems"]["main"]["scores"]["test"]["per"]["normalizer"]
-    table = text_tables(summary)
-    assert "10.0" in table and "PER: none" not in table
-
-
 def test_ids_with_unicode_line_separators_are_read(tmp_path):
     path = tmp_path / "systems/main/decode/alignment.jsonl"
     path.parent.mkdir(parents=True)
