@@ -66,7 +66,7 @@ class Config:
     manifest: Path  # manifest.arrow of the prepare stage
     targets: Path  # output folder of the targets stage
     model: Path = model_field()  # output folder of the finetune stage, or another model with a CTC head
-    splits: tuple[str, ...] = split_field(("eval1", "eval2", "eval3"))  # splits to decode
+    splits: tuple[str, ...] = split_field(("test",))  # splits to decode
     align_splits: tuple[str, ...] = split_field(())  # splits for forced alignment of the references
     search: Literal["beam", "greedy"] = "beam"  # kind of search; greedy: use the best symbol of each frame
     beam: int = 20  # width of the beam search
