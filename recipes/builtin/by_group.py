@@ -15,8 +15,7 @@ from pathlib import Path
 from read_speech import read_rows
 
 from jahubert.train.evaluation.metrics import bootstrap_interval
-from jahubert.train.evaluation.scoring import MEASURES, ScoredUtterance, SetScore
-from jahubert.train.stages.score import read_hypotheses
+from jahubert.train.evaluation.scoring import MEASURES, ScoredUtterance, SetScore, read_hypotheses
 
 UNKNOWN = "not stated"
 

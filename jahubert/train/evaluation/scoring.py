@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jahubert.phonemes import PhonemeSet, phones_to_kana
@@ -29,6 +31,22 @@ class ScoredUtterance:
     # Text of the corpus, and words of the hypothesis as written in the lexicon; None without a lexicon.
     reference_text: str | None = None
     written: list[str] | None = None
+
+
+def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
+    """Iterate over the utterances in a hypothesis file written by the decode stage."""
+    for line in path.read_bytes().splitlines():  # ids may contain Unicode line separators
+        item = json.loads(line)
+        yield ScoredUtterance(
+            id=item["id"],
+            talk=item["talk"],
+            speaker=item["speaker"],
+            reference=[tuple(word.split(" ")) for word in item["reference"]],
+            hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
+            word_scores=item.get("word_scores"),
+            reference_text=item.get("reference_text"),
+            written=item.get("written"),
+        )
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,14 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     ),
 }
 _TITLES = {measure.name: measure.title for group in (*MEASURES.values(), (TEXT_CER,)) for measure in group}
+
+
+def measure_titles(*scores: Mapping[str, Any]) -> dict[str, str]:
+    """Return the titles of the measures that at least one score has, by name.
+
+    The order is the one of `MEASURES`, with `TEXT_CER` last. Other keys of the scores are ignored.
+    """
+    return {name: title for name, title in _TITLES.items() if any(name in score for score in scores)}
 
 
 def measures_for(symbols: PhonemeSet) -> tuple[Measure, ...]:
@@ -250,10 +276,17 @@ def rates_table(scores: Mapping[str, Any]) -> str:
     lines = []
     for split, score in scores.items():
         lines.append(f"{split}: {score['utterances']} utterances")
-        for title, rate in measures_of(score):
+        titles = measure_titles(score)
+        width = max(map(len, titles.values()), default=0) + 1
+        for name, title in titles.items():
+            rate = score[name]
             interval = f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]"
-            lines.append(f"  {title:<9}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normalizer']}")
-        for title, test in measures_of(score.get("against", {})):
+            lines.append(
+                f"  {title:<{width}}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normalizer']}"
+            )
+        against = score.get("against", {})
+        for name, title in measure_titles(against).items():
+            test = against[name]
             interval = f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
             lines.append(
                 f"  {title}: {100 * test['difference']:+.2f} {interval} compared with the baseline's "
@@ -271,7 +304,8 @@ def details(split: str, score: Mapping[str, Any], set_score: SetScore) -> Iterat
             yield f"By {title}"
             for name, group in groups.items():
                 rates = "  ".join(
-                    f"{measure} {100 * rate['rate']:.2f} %" for measure, rate in measures_of(group)
+                    f"{measure} {100 * group[key]['rate']:.2f} %"
+                    for key, measure in measure_titles(group).items()
                 )
                 yield f"  {_pad(name, 24)}{group['utterances']:>6} utterances  {rates}"
     for measure in set_score.measures:
@@ -303,11 +337,6 @@ def aligned_lines(reference: Words, hypothesis: Words, as_kana: bool) -> Iterato
         line = f"  {title:<12}{''.join(cells)}".rstrip()
         if line:
             yield line
-
-
-def measures_of(score: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Return the title and value of each measure in a score."""
-    return [(_TITLES[name], value) for name, value in score.items() if name in _TITLES]
 
 
 def display_text(symbols: str, as_kana: bool) -> str:

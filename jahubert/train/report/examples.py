@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -18,8 +18,8 @@ from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.phonemes import BOUNDARY, PhonemeSet
 from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest, Phone
-from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, Pair, align, count_errors
+from jahubert.train.evaluation.scoring import ScoredUtterance, SetScore, Words, measures_for, read_hypotheses
 from jahubert.train.report import figures
 
 MAX_SECONDS = 20.0  # maximum length of audio and figures, to limit the size of the page
@@ -33,7 +33,7 @@ class Example:
     split: str
     text: str
     seconds: float
-    errors: ErrorCounts  # symbol errors
+    errors: dict[str, ErrorCounts]  # by the name of the measure
     word_pairs: list[Pair]  # aligned words, each a tuple of symbols
     symbol_pairs: list[Pair]  # aligned symbols and word boundaries
     has_phones: bool  # whether symbols are phones, which are displayed as kana
@@ -47,13 +47,13 @@ class _Decoded:
     """One line of a hypothesis file."""
 
     split: str
-    line: dict[str, Any]
-    errors: ErrorCounts
+    utterance: ScoredUtterance
+    errors: ErrorCounts  # symbol errors
 
     @property
     def sort_key(self) -> tuple[float, int, str]:
         """Sort key, best first. Among utterances without errors, longer ones are considered better."""
-        return self.errors.rate, self.errors.errors or -self.errors.length, self.line["id"]
+        return self.errors.rate, self.errors.errors or -self.errors.length, self.utterance.id
 
 
 def find_examples(
@@ -68,14 +68,13 @@ def find_examples(
         store: units of the utterances in the manifest.
     """
     phonemes = PhonemeSet.from_json(json.loads((decode / "phonemes.json").read_text(encoding="utf-8")))
-    has_phones = vocabulary_kind(phonemes) == "phones"
     ranked = sorted(_decoded(decode), key=lambda decoded: decoded.sort_key, reverse=True)
     worst, rest = ranked[:n], ranked[n:]
     best, rest = rest[::-1][:n], rest[: max(0, len(rest) - n)]
     first = max(0, (len(rest) - n) // 2)
     groups = {"worst": worst, "median": rest[first : first + n], "best": best}
     return {
-        group: [_example(decoded, manifest, times, store, has_phones) for decoded in members]
+        group: [_example(decoded, manifest, times, store, phonemes) for decoded in members]
         for group, members in groups.items()
     }
 
@@ -84,10 +83,13 @@ def _decoded(decode: Path) -> Iterator[_Decoded]:
     for path in sorted(decode.glob("*.jsonl")):
         if path.name == "alignment.jsonl":
             continue
-        with path.open(encoding="utf-8") as file:
-            for line in map(json.loads, file):
-                reference, hypothesis = (" ".join(line[side]).split() for side in ("reference", "hypothesis"))
-                yield _Decoded(path.stem, line, count_errors(reference, hypothesis))
+        for utterance in read_hypotheses(path):
+            reference, hypothesis = (list(chain(*words)) for words in _sides(utterance))
+            yield _Decoded(path.stem, utterance, count_errors(reference, hypothesis))
+
+
+def _sides(utterance: ScoredUtterance) -> tuple[Words, Words]:
+    return utterance.reference, utterance.hypothesis
 
 
 def _example(
@@ -95,11 +97,12 @@ def _example(
     manifest: Manifest,
     times: dict[int, tuple[Phone, ...]],
     store: LabelStore | None,
-    has_phones: bool,
+    phonemes: PhonemeSet,
 ) -> Example:
-    line, sides = decoded.line, ("reference", "hypothesis")
+    scored = SetScore([decoded.utterance], measures_for(phonemes))
+    sides = _sides(decoded.utterance)
     rows = manifest.indices(split=decoded.split)
-    row = int(rows[manifest.ids(rows).index(line["id"])])
+    row = int(rows[manifest.ids(rows).index(decoded.utterance.id)])
     utterance = manifest[row]
     audio = figure = note = ""
     try:
@@ -115,18 +118,18 @@ def _example(
         split=decoded.split,
         text=utterance.text,
         seconds=utterance.n_samples / SAMPLE_RATE,
-        errors=decoded.errors,
-        word_pairs=align(*([tuple(word.split()) for word in line[side]] for side in sides)),
-        symbol_pairs=align(*(_with_boundaries(line[side]) for side in sides)),
-        has_phones=has_phones,
+        errors={name: counts for name, (counts,) in scored.counts.items()},
+        word_pairs=align(*sides),
+        symbol_pairs=align(*map(_with_boundaries, sides)),
+        has_phones=scored.has_phones,
         audio=audio,
         figure=figure,
         note=note,
     )
 
 
-def _with_boundaries(words: Sequence[str]) -> list[str]:
-    return f" {BOUNDARY} ".join(words).split()
+def _with_boundaries(words: Words) -> list[str]:
+    return [symbol for word in words for symbol in (BOUNDARY, *word)][1:]
 
 
 def mp3(wav_T: np.ndarray) -> str:

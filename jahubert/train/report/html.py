@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jahubert.train.evaluation.scoring import display_text, phone_wer
+from jahubert.train.evaluation.scoring import display_text, measure_titles, phone_wer
 from jahubert.train.experiment.provenance import DONE, read_record
 from jahubert.train.report import figures
 from jahubert.train.report.examples import Example
@@ -31,13 +31,6 @@ from jahubert.train.trainer.metric_log import read_metrics
 STYLE = Path(__file__).with_name("html.css")
 _MAX_SPEAKERS = 30
 _MAX_CONFUSIONS = 15
-_ERRORS = {
-    "wer": "word_errors",
-    "per": "phone_errors",
-    "kana_cer": "kana_errors",
-    "cer": "character_errors",
-    "text_cer": "character_errors",
-}
 
 
 @dataclass(frozen=True)
@@ -153,49 +146,57 @@ def _results(data: PageData, strings: Strings) -> str:
     parts = []
     for split in splits_of(systems):
         scored = {name: system for name, system in systems.items() if split in system["scores"]}
+        scores = [system["scores"][split] for system in scored.values()]
+        measures = _measure_titles(strings, *scores)
         rows: list[Row] = []
-        has_texts = any("text_cer" in system["scores"][split] for system in scored.values())
         if any(split in phone_wer(system["scores"]) for system in scored.values()):
             for name, wer in published.items():
                 if split in wer:
                     title = escape(f"{strings('published')}: {name}")
-                    rows.append(
-                        ("published", [title, "", "", f"{wer[split]:.2f}", "", "", *[""] * has_texts])
-                    )
+                    rates = [f"{wer[split]:.2f}" if measure == "wer" else "" for measure in measures]
+                    rows.append(("published", [title, "", "", *rates]))
         for name, system in scored.items():
             score = system["scores"][split]
-            rates = [score.get("wer"), score.get("per"), score.get("kana_cer", score.get("cer"))]
-            rates += [score.get("text_cer")] * has_texts
+            rates = [_rate(score[measure]) if measure in score else "" for measure in measures]
             cells = [escape(name), strings.duration(3600 * system["hours"]), f"{system['updates']:,}"]
-            rows.append(("", [*cells, *("" if rate is None else _rate(rate) for rate in rates)]))
-        first_score = next(iter(scored.values()))["scores"][split]
-        cer = strings("cer" if "cer" in first_score else "kana_cer")
-        header = [strings("system"), strings("labels"), strings("updates"), "WER %", "PER %", cer]
-        header += [strings("text_cer")] * has_texts
-        count = strings("n_utterances", f"{first_score['utterances']:,}")
+            rows.append(("", [*cells, *rates]))
+        header = [strings("system"), strings("labels"), strings("updates"), *_percent(measures)]
+        count = strings("n_utterances", f"{scores[0]['utterances']:,}")
         parts.append(f"<h3>{escape(split)} <small>({count})</small></h3>{table(header, rows)}")
         parts += [_breakdown(name, system["scores"][split], strings) for name, system in scored.items()]
-    return "".join(parts) + note(strings("results_note")) if parts else ""
+    if not parts:
+        return ""
+    has_words = any("wer" in score for system in systems.values() for score in system["scores"].values())
+    return "".join(parts) + note(strings("results_note")) + (note(strings("wer_note")) if has_words else "")
+
+
+def _measure_titles(strings: Strings, *scores: Mapping[str, Any]) -> dict[str, str]:
+    """Return the localized titles of the measures that at least one score has, by name."""
+    return {name: strings.get(name, title) for name, title in measure_titles(*scores).items()}
+
+
+def _percent(measures: Mapping[str, str]) -> list[str]:
+    return [f"{title} %" for title in measures.values()]
 
 
 def _breakdown(system: str, score: Mapping[str, Any], strings: Strings) -> str:
     """Render a system's error rates by speaker, most frequent errors and reliability, all collapsible."""
-    measures = {name: title for name, title in _MEASURES.items() if name in score}
+    measures = _measure_titles(strings, score)
     first = next(iter(measures))
     speakers = sorted(score.get("speakers", {}).items(), key=lambda item: (-item[1][first]["rate"], item[0]))
     rows: list[Row] = [
         ("", [escape(name), f"{group['utterances']:,}", *(f"{100 * group[m]['rate']:.2f}" for m in measures)])
         for name, group in speakers[:_MAX_SPEAKERS]
     ]
-    header = [strings("speaker"), strings("utterances"), *(f"{title} %" for title in measures.values())]
+    header = [strings("speaker"), strings("utterances"), *_percent(measures)]
     by_speaker = table(header, rows) if rows else ""
     if len(speakers) > _MAX_SPEAKERS:
         by_speaker += note(strings("more_rows", len(speakers) - _MAX_SPEAKERS))
     confusions = []
-    for measure in measures:
+    for measure, title in measures.items():
         if pairs := score.get("confusions", {}).get(measure):
             as_kana = measure == "wer" and "per" in score
-            confusions.append(_confusions(measure, pairs, as_kana, strings))
+            confusions.append(_confusions(title, pairs, as_kana, strings))
     columns = f'<div class="columns">{"".join(confusions)}</div>' if confusions else ""
     name = escape(system)
     return (
@@ -215,10 +216,7 @@ def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strin
     return details(f"{strings('reliability')}: {system}", picture)
 
 
-_MEASURES = {"wer": "WER", "per": "PER", "kana_cer": "CER", "cer": "CER", "text_cer": "text CER"}
-
-
-def _confusions(measure: str, pairs: Sequence[tuple[str, str, int]], as_kana: bool, strings: Strings) -> str:
+def _confusions(title: str, pairs: Sequence[tuple[str, str, int]], as_kana: bool, strings: Strings) -> str:
     rows: list[Row] = []
     for reference, hypothesis, count in pairs[:_MAX_CONFUSIONS]:
         kind = "ins" if not reference else "del" if not hypothesis else "sub"
@@ -228,7 +226,7 @@ def _confusions(measure: str, pairs: Sequence[tuple[str, str, int]], as_kana: bo
         ]
         rows.append(("", [*cells, f"{count:,}"]))
     header = [strings("reference"), strings("hypothesis"), strings("count")]
-    return f"<div><h4>{strings(_ERRORS[measure])}</h4>{table(header, rows, '')}</div>"
+    return f"<div><h4>{title}</h4>{table(header, rows, '')}</div>"
 
 
 # --- units ------------------------------------------------------------------------------------------------
@@ -379,16 +377,10 @@ def _example(example: Example, strings: Strings) -> str:
         picture = f'<div class="scroll">{picture}</div>'
     else:
         picture = note(escape(example.note))
-    errors = example.errors
-    measure = "PER" if example.has_phones else "CER"
-    about = (
-        f"{escape(example.id)} · {escape(example.split)} · {strings('seconds', f'{example.seconds:.1f}')} · "
-        f"{measure} {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})"
-    )
-    if example.word_pairs:
-        n_errors = sum(a != b for a, b in example.word_pairs)
-        n_words = sum(a is not None for a, _ in example.word_pairs)
-        about += f" · WER {100 * n_errors / max(1, n_words):.0f} % ({n_errors}/{n_words})"
+    facts = [escape(example.id), escape(example.split), strings("seconds", f"{example.seconds:.1f}")]
+    for name, title in _measure_titles(strings, example.errors).items():
+        errors = example.errors[name]
+        facts.append(f"{title} {100 * errors.rate:.0f} % ({errors.errors}/{errors.length})")
     sides = [strings("reference"), strings("hypothesis")]
     columns = [f'<span class="note">{"".join(f"<span>{title}</span>" for title in sides)}</span>']
     for pair in example.word_pairs:
@@ -400,7 +392,7 @@ def _example(example: Example, strings: Strings) -> str:
     )
     symbol_table = f'<div class="scroll"><table class="symbols">{symbols}</table></div>'
     return (
-        f'<div class="example"><p><b>{escape(example.text or example.id)}</b></p><p class="note">{about}</p>'
+        f'<div class="example"><p><b>{escape(example.text or example.id)}</b></p>{note(" · ".join(facts))}'
         f'<div class="pairs">{"".join(columns)}</div>'
         f"{audio}{picture}{details(strings('symbols'), symbol_table)}</div>"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jahubert.train.evaluation.scoring import measures_of, phone_wer, published_table
+from jahubert.train.evaluation.scoring import measure_titles, phone_wer, published_table
 
 
 def text_tables(summary: Mapping[str, Any]) -> str:
@@ -25,37 +25,29 @@ def splits_of(systems: Mapping[str, Any]) -> list[str]:
 
 def _split_table(split: str, systems: Mapping[str, Any]) -> str:
     width = max(18, *(len(name) + 2 for name in systems))
-    has_texts = any("text_cer" in system["scores"].get(split, {}) for system in systems.values())
-    last = f"{'kana CER %':<25}text CER %" if has_texts else "kana CER %"
+    scored = {name: system for name, system in systems.items() if split in system["scores"]}
+    measures = measure_titles(*(system["scores"][split] for system in scored.values()))
+    header = "".join(f"{title + ' %':<25}" for title in measures.values())
     lines = [
         f"Recognition on {split} (95 % intervals in brackets)",
-        f"  {'system':<{width}}{'labels':>9}{'updates':>9}   {'PER %':<25}{'WER %':<25}{last}",
+        f"  {'system':<{width}}{'labels':>9}{'updates':>9}   {header}",
     ]
-    for name, system in systems.items():
-        if split not in system["scores"]:
-            continue
-        score = system["scores"][split]
-        per, wer, cer = (
-            _rate(score.get("per")),
-            _rate(score.get("wer")),
-            _rate(score.get("kana_cer", score.get("cer"))),
-        )
+    for name, system in scored.items():
         hours = system["hours"]
         labels = f"{hours * 60:.1f} min" if hours < 10 else f"{hours:.0f} h"
-        if has_texts:
-            cer = f"{cer:<25}{_rate(score.get('text_cer'))}"
-        lines.append(f"  {name:<{width}}{labels:>9}{system['updates']:>9}   {per:<25}{wer:<25}{cer}")
-    return "\n".join(lines)
+        rates = "".join(f"{_rate(system['scores'][split].get(measure)):<25}" for measure in measures)
+        lines.append(f"  {name:<{width}}{labels:>9}{system['updates']:>9}   {rates}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _normalizers(systems: Mapping[str, Any]) -> str:
-    normalizers = {
-        title: rate["normalizer"]
+    lines = {  # measures with the same title are normalized differently for phones and kana
+        f"{title}: {score[name]['normalizer']}": None
         for system in systems.values()
         for score in system["scores"].values()
-        for title, rate in measures_of(score)
+        for name, title in measure_titles(score).items()
     }
-    return "\n".join(f"{title}: {normalizer}" for title, normalizer in normalizers.items())
+    return "\n".join(lines)
 
 
 def _units_table(units: Mapping[str, Any]) -> str:

@@ -13,9 +13,7 @@ Writes  scores.json: all measures by set (with confidence intervals), talk and s
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from jahubert.train.evaluation.scoring import (
     phone_wer,
     published_table,
     rates_table,
+    read_hypotheses,
 )
 from jahubert.train.evaluation.word_confidence import evaluate_confidence, judge_words
 from jahubert.train.experiment import distributed
@@ -127,22 +126,6 @@ def _hypothesis_files(folder: Path) -> list[Path]:
 
 def _measures(folder: Path) -> tuple[Measure, ...]:
     return measures_for(PhonemeSet.from_json(read_record(folder / "phonemes.json")))
-
-
-def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
-    """Iterate over the utterances in a hypothesis file written by the decode stage."""
-    for line in path.read_bytes().splitlines():
-        item = json.loads(line)
-        yield ScoredUtterance(
-            id=item["id"],
-            talk=item["talk"],
-            speaker=item["speaker"],
-            reference=[tuple(word.split(" ")) for word in item["reference"]],
-            hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
-            word_scores=item.get("word_scores"),
-            reference_text=item.get("reference_text"),
-            written=item.get("written"),
-        )
 
 
 def _references_differ(ours: ScoredUtterance, theirs: ScoredUtterance) -> bool:

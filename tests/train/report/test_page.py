@@ -12,7 +12,7 @@ import pytest
 from jahubert.audio import AudioSource
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.manifest import Manifest, Phone, Utterance, write_manifest
-from jahubert.train.evaluation.metrics import count_errors
+from jahubert.train.evaluation.metrics import ErrorCounts, count_errors
 from jahubert.train.report import html
 from jahubert.train.report.examples import Example, find_examples
 from jahubert.train.report.html import PageData, render_page
@@ -145,7 +145,10 @@ def test_experiments_with_equal_names_stay_apart(tmp_path):
 
 def test_aligned_words_are_one_above_the_other_with_both_error_rates():
     pairs = [(("a",), ("a",)), (("k", "i"), ("k", "u")), (None, ("o:",)), (("e",), None)]
-    errors = count_errors(["a", "k", "i", "e"], ["a", "k", "u", "o:"])
+    errors = {
+        "per": count_errors(["a", "k", "i", "e"], ["a", "k", "u", "o:"]),
+        "wer": ErrorCounts(hits=1, substitutions=1, insertions=1, deletions=1),
+    }
     example = Example("u1", "test", "text", 1.0, errors, pairs, pairs, True)
     page = html._examples({"main": {"worst": [example]}}, Strings("en"))
     assert "PER 50 % (2/4)" in page and "WER 100 % (3/3)" in page
@@ -154,12 +157,13 @@ def test_aligned_words_are_one_above_the_other_with_both_error_rates():
 
 
 def test_examples_are_worst_median_and_best(tmp_path, monkeypatch):
-    monkeypatch.setattr("jahubert.train.report.examples._example", lambda decoded, *rest: decoded.line["id"])
+    monkeypatch.setattr("jahubert.train.report.examples._example", lambda decoded, *_: decoded.utterance.id)
     (tmp_path / "phonemes.json").write_text(json.dumps(PhonemeSet.standard().to_json()))
     lines = []
     for n in range(9):
         reference, hypothesis = "a " * 10, "a " * (10 - n)
-        lines.append({"id": f"u{n}", "reference": [reference.strip()], "hypothesis": [hypothesis.strip()]})
+        words = {"reference": [reference.strip()], "hypothesis": [hypothesis.strip()]}
+        lines.append({"id": f"u{n}", "talk": "t", "speaker": "s", **words})
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     groups = find_examples(tmp_path, None, {}, None, 2)
     assert groups == {"worst": ["u8", "u7"], "median": ["u5", "u4"], "best": ["u0", "u1"]}
