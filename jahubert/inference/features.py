@@ -15,6 +15,7 @@ from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
 from jahubert.inference.reading import PREFETCH, prefetch_audio
+from jahubert.model.centroids import NearestCentroid
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
 from jahubert.model.precision import PRECISIONS, autocast
@@ -334,8 +335,13 @@ class UnitExtractor:
             yield features if isinstance(features, Exception) else self.nearest(features)
 
     def nearest(self, frames_SD: Tensor) -> Tensor:
-        """Return the index of the nearest centroid of each frame, int64 (S,)."""
-        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 does not change the argmin.
-        bias_K = self.centroids_KD.pow(2).sum(1) / 2
-        blocks = [(bias_K - block @ self.centroids_KD.T).argmin(1) for block in frames_SD.split(16_384)]
-        return torch.cat(blocks)
+        """Return the index of the nearest centroid of each frame, int64 (S,), on the CPU.
+
+        Args:
+            frames_SD: features of any floating-point dtype on any device.
+
+        Raises:
+            DataError: the features differ in dimension from the centroids.
+        """
+        # A `NearestCentroid` must not be shared, because threads may call this method at the same time.
+        return NearestCentroid(self.centroids_KD).labels(frames_SD)

@@ -1,1 +1,4 @@
-"""The HuBERT model and its heads. `kernels` contains fast implementations of the model's parts."""
+"""The HuBERT model, its heads, and the assignment of frames to centroids.
+
+`kernels` contains fast implementations of the model's parts.
+"""

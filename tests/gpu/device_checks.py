@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import jahubert
 from jahubert.frames import HUBERT
 from jahubert.inference.ctc import beam_search, forced_align, greedy
+from jahubert.model import centroids
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels import PackedShape, attention, packing
@@ -334,7 +335,7 @@ class CountingFrames:
 @pytest.mark.parametrize(("n_cached", "rows"), [(12, 3000), (4, 3000 + 3 * 1976), (0, 4 * 3000)])
 def test_frames_that_fit_on_the_device_are_read_once(device, monkeypatch, n_cached, rows):
     """K-means makes four passes over 12 blocks of 256 frames, of which the device caches `n_cached`."""
-    monkeypatch.setattr(lloyd_module, "_block_rows", lambda shape, device: 256)
+    monkeypatch.setattr(centroids, "_block_rows", lambda shape, device: 256)
     monkeypatch.setattr(lloyd_module, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(lloyd_module, "_cache_bytes", lambda device: 4 * 6 * 256 * n_cached)
     frames_ND = np.random.default_rng(0).standard_normal((3000, 6)).astype(np.float32)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ import soundfile
 import torch
 
 from jahubert.audio import AudioSource, load_audio
-from jahubert.errors import AudioError, CheckpointError, ConfigError
+from jahubert.errors import AudioError, CheckpointError, ConfigError, DataError
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT, FrameGrid
 from jahubert.inference.chunking import chunks, encode_all, encode_stream
 from jahubert.inference.features import FeatureExtractor, LayerFeatures, UnitExtractor
 from jahubert.inference.reading import prefetch_audio
+from jahubert.model.centroids import NearestCentroid
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.prefetch import N_THREADS
@@ -342,6 +344,18 @@ def test_units_are_the_nearest_centroids(model, tmp_path):
     assert torch.equal(units, torch.cdist(features(wav), centroids).argmin(1))
     assert [len(u) for u in extractor([wav, noise(100)])] == [len(units), 0]
     assert [len(u) for u in extractor.many([wav, noise(100)])] == [len(units), 0]
+
+
+def test_units_of_features_in_several_threads(model):
+    centroids_KD = torch.randn(20, 16)
+    extractor = UnitExtractor(FeatureExtractor(model, 1, device="cpu"), centroids_KD)
+    features = [torch.randn(n, 16) for n in (0, 1, 900, 1100, 5000)] * 4
+    expected = [NearestCentroid(centroids_KD).labels(frames_SD) for frames_SD in features]
+    with ThreadPoolExecutor(4) as threads:
+        units = list(threads.map(extractor.nearest, features))
+    assert all(torch.equal(a, b) for a, b in zip(units, expected, strict=True))
+    with pytest.raises(DataError, match="17 dimensions"):
+        extractor.nearest(torch.zeros(3, 17))
 
 
 def test_invalid_arguments_are_rejected(model, tmp_path):

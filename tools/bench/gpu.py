@@ -220,8 +220,9 @@ def kmeans(report: Report, run: Settings) -> None:
     check_train_extra()
     from kmeans import mixture
 
+    from jahubert.model.centroids import NearestCentroid
     from jahubert.train.clustering.kmeans import fit_kmeans
-    from jahubert.train.clustering.lloyd import KmeansOptions, NearestCentroid
+    from jahubert.train.clustering.lloyd import KmeansOptions
 
     sizes = [(2_000, 39, 10)] if run.small else [(2_000_000, 39, 100), (500_000, 768, 500)]
     for frames, dim, clusters in sizes:

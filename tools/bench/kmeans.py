@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from jahubert.model.centroids import NearestCentroid
 from jahubert.train.clustering.kmeans import fit_kmeans
-from jahubert.train.clustering.lloyd import KmeansOptions, NearestCentroid
+from jahubert.train.clustering.lloyd import KmeansOptions
 from jahubert.train.clustering.peers import sklearn_centroids
 
 
@@ -117,7 +118,7 @@ def assignment(frames_ND: np.ndarray, size: int, centroids_KD: torch.Tensor) -> 
     peer_KD, times = centroids_KD.cpu().numpy(), []
     for _ in range(6):
         nearest = NearestCentroid(centroids_KD)
-        own_s, own = timed(lambda: [nearest.labels(x_ND).cpu() for x_ND in parts])  # noqa: B023
+        own_s, own = timed(lambda: [nearest.labels(torch.from_numpy(x_ND)).cpu() for x_ND in parts])  # noqa: B023
         peer_s, peer = timed(lambda: [fairseq_assign(x_ND, peer_KD) for x_ND in parts])
         times.append([own_s, peer_s])
     same = float(np.mean(np.concatenate(own) == np.concatenate(peer)))

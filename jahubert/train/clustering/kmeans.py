@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
+from jahubert.model.centroids import NearestCentroid
 from jahubert.train.clustering.frames import Frames
-from jahubert.train.clustering.lloyd import KmeansOptions, NearestCentroid, assign_pass, fit_lloyd
+from jahubert.train.clustering.lloyd import KmeansOptions, assign_pass, blocks_of_frames, fit_lloyd
 from jahubert.train.clustering.peers import fit_faiss, fit_sklearn
 
 _BACKENDS = {"torch": fit_lloyd, "faiss": fit_faiss, "sklearn": fit_sklearn}
@@ -61,7 +63,9 @@ def fit_kmeans(frames_ND: Frames, options: KmeansOptions) -> KmeansResult:
 
 def assign(frames_ND: Frames, centroids_KD: Tensor) -> Tensor:
     """Return the index of the nearest centroid of each frame, int64 (N,), on the centroids' device."""
-    return NearestCentroid(centroids_KD).labels(frames_ND)
+    nearest = NearestCentroid(centroids_KD)
+    labels = [nearest.labels(block_ND) for _, block_ND in blocks_of_frames(frames_ND, nearest)]
+    return torch.cat(labels) if labels else nearest.labels(centroids_KD[:0])
 
 
 def inertia(frames_ND: Frames, centroids_KD: Tensor) -> float:

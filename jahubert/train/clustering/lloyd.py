@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from jahubert.errors import ConfigError, DataError
-from jahubert.model.kernels.products import addmm_into
+from jahubert.model.centroids import NearestCentroid
 from jahubert.train.clustering.frames import CachedFrames, Frames, Subset, draw_rows, load_frames
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.progress import progress
@@ -32,7 +32,7 @@ from jahubert.train.experiment.progress import progress
 Backend = Literal["torch", "faiss", "sklearn"]
 
 _LANES = 16  # number of separate partial sums, regardless of the number of processes
-_CHUNK_BYTES = 1 << 22  # maximum size of a chunk, unless a single block (`_block_rows`) is larger
+_CHUNK_BYTES = 1 << 22  # maximum size of a chunk, unless a single block is larger
 _BATCH = 4096  # number of frames per lane in a mini-batch
 
 _COARSE_FRAMES = 64  # number of frames per cluster in the first sample
@@ -102,51 +102,6 @@ class Fit:
     statistics: PassStatistics  # statistics of the last pass
     history: list[float]  # inertia in each pass
     reseeded: int  # number of times that an empty cluster was moved to another frame
-
-
-class NearestCentroid:
-    """Assignment of frames to their nearest centroids, using |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c).
-
-    The mean of the centroids is subtracted first, because the products lose precision if the features are far
-    from zero.
-    """
-
-    def __init__(self, centroids_KD: Tensor):
-        self.centroids_KD = centroids_KD
-        self.mean_D = centroids_KD.mean(dim=0)
-        self.centered_KD = centroids_KD - self.mean_D
-        self.half_norm_K = self.centered_KD.square().sum(dim=1) / 2
-        self.negative_DK = -self.centered_KD.T.contiguous()
-        # These buffers are reused for all blocks, because allocating new pages takes time.
-        self.frames_ND, self.score_NK = centroids_KD[:0], centroids_KD.new_empty(0, len(centroids_KD))
-        # numpy's argmin is twice as fast as torch's, but uses a single thread.
-        self.use_numpy = centroids_KD.device.type == "cpu" and torch.get_num_threads() <= 2
-
-    def labels(self, frames_ND: Frames) -> Tensor:
-        """Return the index of the nearest centroid of each frame, int64 (N,), on the centroids' device."""
-        labels = [self._label(x_ND) for _, x_ND in _blocks(frames_ND, self.centroids_KD)]
-        return torch.cat(labels) if labels else self.half_norm_K.new_zeros(0, dtype=torch.int64)
-
-    def distances(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return labels (N,), squared distances (N,) and centered frames (N, D) for a block of frames.
-
-        The centered frames are valid until the next call.
-        """
-        label_N = self._label(x_ND)
-        least_N = self.score_NK[: len(x_ND)].gather(1, label_N[:, None])[:, 0]
-        x_ND = self.frames_ND[: len(x_ND)]
-        return label_N, torch.linalg.vecdot(x_ND, x_ND).add_(least_N, alpha=2).clamp_(min=0), x_ND
-
-    def _label(self, x_ND: Tensor) -> Tensor:
-        if len(x_ND) > len(self.score_NK):
-            self.frames_ND = torch.empty_like(x_ND)
-            self.score_NK = x_ND.new_empty(len(x_ND), len(self.half_norm_K))
-        score_NK, frames_ND = self.score_NK[: len(x_ND)], self.frames_ND[: len(x_ND)]
-        torch.sub(x_ND, self.mean_D, out=frames_ND)
-        addmm_into(score_NK, self.half_norm_K, frames_ND, self.negative_DK)
-        if self.use_numpy:
-            return torch.from_numpy(score_NK.numpy().argmin(axis=1))
-        return score_NK.argmin(dim=1)
 
 
 def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
@@ -262,7 +217,7 @@ def assign_pass(frames_ND: Frames, centroids_KD: Tensor, all_ranks: bool = False
     """Assign all frames to centroids. With `all_ranks`, each process handles its own lanes."""
     nearest = NearestCentroid(centroids_KD)
     rank, world = (distributed.rank(), distributed.world()) if all_ranks else (0, 1)
-    blocks = _blocks(frames_ND, centroids_KD, rank, world)
+    blocks = blocks_of_frames(frames_ND, nearest, rank, world)
     sums_KD, counts_K, distance = _sums(blocks, nearest, all_ranks)
     means_KD = (sums_KD / counts_K.clamp(min=1)[:, None] + nearest.mean_D).to(centroids_KD.dtype)
     means_KD = torch.where(counts_K[:, None] > 0, means_KD, centroids_KD)
@@ -289,9 +244,7 @@ def mini_batch_pass(frames_ND: Frames, start: PassStatistics, all_ranks: bool = 
                 if lane % world == rank
             }
             blocks = (
-                block
-                for lane, part in parts.items()
-                for block in _split(frames_ND[part], nearest.centroids_KD, lane)
+                block for lane, part in parts.items() for block in _split(frames_ND[part], nearest, lane)
             )
             sums_KD, new_K, _ = _sums(blocks, nearest, all_ranks)
             counts_K = counts_K + new_K
@@ -343,7 +296,7 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
     pool_N = torch.zeros(0, device=centroids_KD.device)
     pool_ND = centroids_KD[:0]
     nearest = NearestCentroid(centroids_KD)
-    for _, block_ND in _blocks(frames_ND, centroids_KD):
+    for _, block_ND in blocks_of_frames(frames_ND, nearest):
         distance_N = torch.cat([pool_N, nearest.distances(block_ND)[1]])
         pool_N, index = distance_N.topk(min(n * 32, len(distance_N)))
         pool_ND = torch.cat([pool_ND, block_ND])[index]
@@ -354,37 +307,25 @@ def _farthest(frames_ND: Frames, centroids_KD: Tensor, n: int) -> Tensor:
     return torch.stack(chosen) if chosen else centroids_KD[:0]
 
 
-def _blocks(
-    frames_ND: Frames, centroids_KD: Tensor, rank: int = 0, world: int = 1
+def blocks_of_frames(
+    frames_ND: Frames, nearest: NearestCentroid, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (lane, float32 block on the centroids' device) for all frames in the lanes of a process."""
-    if frames_ND.shape[1] != centroids_KD.shape[1]:
-        raise DataError(
-            f"the frames have {frames_ND.shape[1]} dimensions, but the centroids have "
-            f"{centroids_KD.shape[1]}: the centroids were fitted to a different feature"
-        )
-    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
-    chunk = rows * max(1, _CHUNK_BYTES // (4 * rows * centroids_KD.shape[1]))
+    rows = nearest.block_rows
+    chunk = rows * max(1, _CHUNK_BYTES // (4 * rows * frames_ND.shape[1]))
     for number, start in enumerate(range(0, len(frames_ND), chunk)):
         lane = number % _LANES
         if lane % world == rank:
             distributed.tick()  # a pass over all frames can take longer than the hang timeout
-            yield from _split(frames_ND[start : start + chunk], centroids_KD, lane)
+            yield from _split(frames_ND[start : start + chunk], nearest, lane)
 
 
-def _split(frames_ND: Any, centroids_KD: Tensor, lane: int) -> Iterator[tuple[int, Tensor]]:
-    rows = _block_rows(centroids_KD.shape, centroids_KD.device)
-    for start in range(0, len(frames_ND), rows):
-        block_ND = frames_ND[start : start + rows]
+def _split(frames_ND: Any, nearest: NearestCentroid, lane: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(frames_ND), nearest.block_rows):
+        block_ND = frames_ND[start : start + nearest.block_rows]
         if not isinstance(block_ND, Tensor):
             block_ND = torch.from_numpy(np.require(block_ND, np.float32, ["C", "W"]))
-        yield lane, block_ND.to(centroids_KD.device, torch.float32)
-
-
-def _block_rows(shape_KD: torch.Size, device: torch.device) -> int:
-    """Return the number of rows per block, so that distances fit in a CPU's L2 cache or keep a GPU busy."""
-    budget = 1 << 18 if device.type == "cpu" else 1 << 27
-    return max(1024, budget // sum(shape_KD))
+        yield lane, block_ND.to(nearest.mean_D.device, torch.float32)
 
 
 def _cache_bytes(device: torch.device) -> int:

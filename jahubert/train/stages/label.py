@@ -24,8 +24,8 @@ import numpy as np
 from jahubert.errors import DataError, quote
 from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
+from jahubert.model.centroids import NearestCentroid
 from jahubert.train.clustering.features import HubertLayer
-from jahubert.train.clustering.lloyd import NearestCentroid
 from jahubert.train.clustering.streaming import (
     feature_header,
     load_centroids,
