@@ -28,12 +28,12 @@ from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     CommandProgress,
     Input,
-    check_output_file,
     find_inputs,
     message_of,
     needs_names,
     print_error,
 )
+from jahubert.cli.transcripts import parse_output
 from jahubert.errors import (
     AudioError,
     CheckpointError,
@@ -55,7 +55,6 @@ from jahubert.streams import (
 if TYPE_CHECKING:
     from jahubert.cli.feature_files import FeatureFiles
     from jahubert.inference.features import FeatureExtractor
-    from jahubert.inference.transcribe import Transcript
 
 MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
 
@@ -108,23 +107,12 @@ def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def transcribe(args: argparse.Namespace) -> int:
-    single_file = output_format(args)
-    formats = list(writers.FORMATS) if args.format == "all" else [args.format]
-    named = needs_names(args.audio)
-    if single_file is not None and named:
-        raise ConfigError(f"-o {single_file} is a file, but there may be several recordings; give a folder")
-    endings = [writers.FORMATS[name][0] for name in formats]
-    inputs, empty = find_inputs(args.audio, None if single_file is not None else args.output, endings)
-    if single_file is not None:
-        check_output_file(args.output, [*args.audio, *filter(None, (args.lm, args.lexicon))])
-    if args.output is None and args.format == "all":
-        raise ConfigError("-f all writes several files: add -o DIR")
-    if args.output is None and named and args.format in ("srt", "vtt", "textgrid", "audacity"):
-        raise ConfigError(f"-f {args.format} needs a folder if there may be several recordings: add -o DIR")
+    output = parse_output(args)
+    inputs, empty = find_inputs(args.audio, output.folder, output.endings)
     source = model_source(args)
     import torch
 
-    from jahubert.inference.transcribe import Transcriber, Transcript, TranscriptSegment
+    from jahubert.inference.transcribe import Transcriber
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -139,105 +127,22 @@ def transcribe(args: argparse.Namespace) -> int:
     if args.model is None:
         print(BUILTIN_NOTE, file=sys.stderr)
     progress = CommandProgress(inputs, empty)
-    if args.output is None and args.format == "tsv":
-        print(writers.TSV_HEADER, end="")
-    label = ""  # the recording that is being transcribed
-    n_printed = 0  # number of segments of this recording that have been printed
-
-    def print_text(transcript: Transcript) -> None:
-        if sys.stdout.isatty():
-            transcript = mark_uncertain(transcript)
-        content = writers.render(transcript, "text", args.phonemes)
-        prefix = f"{writers.escape_controls(label)}\t" if named else ""
-        progress.clear()
-        print(
-            "".join(f"{prefix}{line}\n" for line in content.removesuffix("\n").split("\n")),
-            end="",
-            flush=True,
-        )
-
-    def print_segment(segment: TranscriptSegment) -> None:
-        nonlocal n_printed
-        print_text(Transcript(segment.words, segment.end, 0.0))
-        n_printed += 1
-
-    streams_text = args.output is None and args.format == "text"
+    writer = output.make_writer(progress)
     transcripts = asr.transcribe_many(
         (item.open() for item in inputs),
         errors="return",
         progress=progress.add_audio,
-        on_segment=print_segment if streams_text else None,
+        on_segment=writer.add_segment,
     )
     for item in inputs:
-        label, n_printed = item.label, 0
+        writer.start(item)
         result = next(transcripts)
-        if isinstance(result, Transcript):
-            result = replace(result, audio=item.label)
-            try:
-                if single_file is not None:
-                    save_text(writers.render(result, args.format, args.phonemes), single_file)
-                elif args.output is not None:
-                    writers.save(result, Path(args.output, item.base), formats, args.phonemes)
-            except OSError as error:
-                result = error
         if isinstance(result, Exception):
             progress.add_failure(item.label, result)
-        elif streams_text and not n_printed:
-            print_text(result)
-        elif args.output is None and not streams_text:
-            progress.clear()
-            if args.format == "tsv":  # one header is printed for all recordings
-                content = writers.tsv_rows(result)
-            else:
-                content = writers.render(result, args.format, args.phonemes)
-            print(content, end="", flush=True)
+        else:
+            writer.write(replace(result, audio=item.label))
         progress.add_file(item.label)
     return progress.finish()
-
-
-def mark_uncertain(transcript: Transcript) -> Transcript:
-    """Append (?) to the words that are more likely wrong than correct."""
-    from jahubert.inference.confidence import LOW_CONFIDENCE
-
-    words = (
-        replace(word, kana=word.kana + "(?)", written=word.written and word.written + "(?)")
-        if word.confidence < LOW_CONFIDENCE
-        else word
-        for word in transcript.words
-    )
-    return replace(transcript, words=tuple(words))
-
-
-def output_format(args: argparse.Namespace) -> Path | None:
-    """Return the output file if the suffix of `-o` selects a format, otherwise None, and set `args.format`.
-
-    The format is that of the suffix, or else the one given with `-f` (default: text).
-
-    Raises:
-        ConfigError: the suffix contradicts the format given with `-f`.
-    """
-    if args.output is None or Path(args.output).is_dir():
-        args.format = args.format or "text"
-        return None
-    suffixes = {suffix.lower(): name for name, (suffix, _) in writers.FORMATS.items()}
-    matches = [suffix for suffix in suffixes if args.output.lower().endswith(suffix)]
-    if not matches:
-        args.format = args.format or "text"
-        return None
-    format = suffixes[max(matches, key=len)]
-    if args.format not in (None, format):
-        raise ConfigError(f"-o {args.output} has the suffix of {format}, but -f asks for {args.format}")
-    args.format = format
-    return Path(args.output)
-
-
-def save_text(content: str, path: Path) -> None:
-    """Write a transcript to the file given with `-o`."""
-    from jahubert.formats.atomic import atomic_write
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, errors="replace") as file:
-        file.write(content)
 
 
 def for_each_input(

@@ -196,14 +196,19 @@ def save(
     """Write one UTF-8 file per format, named `base` plus the suffix of the format. Return the paths."""
     written = []
     for format in formats:
-        content = render(transcript, format, phonemes)
         path = Path(os.fspath(base) + FORMATS[format][0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # File names that are not valid UTF-8 contain lone surrogates, which cannot be encoded.
-        with atomic_write(path, errors="replace") as file:
-            file.write(content)
+        save_file(transcript, path, format, phonemes)
         written.append(path)
     return written
+
+
+def save_file(transcript: Transcript, path: Path, format: str, phonemes: bool = False) -> None:
+    """Write a UTF-8 file in one format, and create its folder if it does not exist."""
+    content = render(transcript, format, phonemes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # File names that are not valid UTF-8 contain lone surrogates, which cannot be encoded.
+    with atomic_write(path, errors="replace") as file:
+        file.write(content)
 
 
 def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jahubert.cli.main import mark_uncertain
+from jahubert.cli.transcripts import mark_uncertain
 from jahubert.errors import CheckpointError, DataError
 from jahubert.inference import writers
 from jahubert.inference.confidence import Calibration, confidence, fit_calibration, reliability
