@@ -1,12 +1,13 @@
 """HuBERT self-supervised pretraining and Japanese speech recognition.
 
-    features = jahubert.FeatureExtractor.from_pretrained("bundle/", layer=6)("audio.wav")    # (frames, dim)
-    units = jahubert.UnitExtractor.from_pretrained("bundle/")("audio.wav")                   # (frames,)
-    transcript = jahubert.Transcriber.from_pretrained("bundle/").transcribe("audio.wav")     # .text, .words
-    encoded = jahubert.HubertModel.from_pretrained("bundle/")(wav_BT, n_samples_B)           # .hidden_BSD
+    features = jahubert.FeatureExtractor.from_pretrained(layer=4)("audio.wav")       # (frames, dim)
+    units = jahubert.UnitExtractor.from_pretrained()("audio.wav")                    # (frames,)
+    transcript = jahubert.Transcriber.from_pretrained().transcribe("audio.wav")      # .text, .words
+    encoded = jahubert.HubertModel.from_pretrained()(wav_BT, n_samples_B)            # .hidden_BSD
 
-`HubertModel` is an `nn.Module`. The public names are imported lazily. Importing jahubert has no side effects:
-it starts no threads and configures no logging.
+The first argument of `from_pretrained` is a model folder or file, or a Hub name, and by default the built-in
+model. `HubertModel` is an `nn.Module`. The public names are imported lazily. Importing jahubert has no side
+effects: it starts no threads and configures no logging.
 """
 
 from __future__ import annotations

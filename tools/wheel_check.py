@@ -230,7 +230,7 @@ def check_commands(folder: Path, out: Path) -> None:
     """Check the `jahubert` command, including its messages about missing extras."""
     import numpy as np
 
-    from jahubert.inference.transcribe import builtin_model
+    from jahubert.formats.hub import builtin_model
 
     executable = shutil.which("jahubert", path=str(Path(sys.executable).parent))
     require(executable, "the wheel did not install the `jahubert` command")

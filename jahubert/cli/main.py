@@ -36,7 +36,6 @@ from jahubert.cli.console import (
 from jahubert.cli.transcripts import parse_output
 from jahubert.errors import (
     AudioError,
-    CheckpointError,
     ConfigError,
     MissingExtraError,
     UserError,
@@ -84,21 +83,6 @@ MODEL = "a model folder or file, or a Hub name"  # help text for model arguments
 CORPUS_FORMATS = ("kaldi", "lhotse", "datasets")  # the formats that train/data/export.py supports
 
 
-def model_source(args: argparse.Namespace) -> str | Path:
-    """Return the selected model, or by default the built-in one."""
-    if args.model is not None:
-        return str(args.model)
-    from jahubert.inference.transcribe import builtin_model
-
-    path = builtin_model()
-    if path is None:
-        raise CheckpointError(
-            "this installation has no built-in model; give one with --model, for example a bundle from a "
-            "training stage or a Hub name such as owner/model"
-        )
-    return path
-
-
 def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the language model options that were given on the command line."""
     names = ("lm", "lexicon", "lm_weight", "word_bonus")
@@ -109,7 +93,6 @@ def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
 def transcribe(args: argparse.Namespace) -> int:
     output = parse_output(args)
     inputs, empty = find_inputs(args.audio, output.folder, output.endings)
-    source = model_source(args)
     import torch
 
     from jahubert.inference.transcribe import Transcriber
@@ -117,7 +100,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     asr = Transcriber.from_pretrained(
-        source,
+        args.model,
         beam=args.beam,
         device=args.device,
         vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
@@ -168,14 +151,13 @@ def features(args: argparse.Namespace) -> int:
 
     inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
     check_keys(Path(args.output), (item.base for item in inputs))
-    source = model_source(args)
     import torch
 
     from jahubert.formats.bundle import weights_hash
     from jahubert.inference.features import FeatureExtractor
 
     extractor = FeatureExtractor.from_pretrained(
-        source, args.layer, weights=args.weights, device=args.device, dtype=getattr(torch, args.dtype),
+        args.model, args.layer, weights=args.weights, device=args.device, dtype=getattr(torch, args.dtype),
         chunk_seconds=args.chunk_seconds,
     )  # fmt: skip
     names = ("layer", "weights", "dtype", "chunk_seconds")
@@ -220,7 +202,6 @@ def compute_features(
 def units(args: argparse.Namespace) -> int:
     inputs, empty = find_inputs(args.audio, args.output, [".npy"])
     named = needs_names(args.audio)
-    source = model_source(args)
     from jahubert.cli.feature_files import RECORD, save_array
     from jahubert.inference.features import UnitExtractor
 
@@ -229,7 +210,9 @@ def units(args: argparse.Namespace) -> int:
             f"-o {args.output} contains the output of jahubert features; use another folder for the units"
         )
 
-    extractor = UnitExtractor.from_pretrained(source, device=args.device, chunk_seconds=args.chunk_seconds)
+    extractor = UnitExtractor.from_pretrained(
+        args.model, device=args.device, chunk_seconds=args.chunk_seconds
+    )
 
     # With chunks, recordings are processed one by one, because they may be too long to be prefetched.
     sources = (item.open() for item in inputs)

@@ -217,8 +217,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def load_bundle(source: str | os.PathLike[str]) -> Bundle:
+def load_bundle(source: str | os.PathLike[str] | None = None) -> Bundle:
     """Open a bundle, a Hugging Face HuBERT folder or Hub name, or a fairseq, s3prl or torchaudio file.
+
+    Without `source`, the built-in model is opened.
 
     Raises:
         CheckpointError: the model is missing, damaged, inconsistent or in an unsupported format.

@@ -1,4 +1,4 @@
-"""Lookup of models in folders, in files and on the Hugging Face Hub."""
+"""Lookup of models in the package, in folders, in files and on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,14 +13,36 @@ _BIN_FILES = ("*.json", "pytorch_model*.bin")
 _TIMEOUT = 10.0  # seconds to wait for the Hub before it is considered unreachable
 
 
-def resolve_model(source: str | os.PathLike[str]) -> Path:
+def builtin_model() -> Path | None:
+    """Return the folder of the model in the package, or None if the package does not contain one."""
+    configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
+    return configs[0].parent if configs else None
+
+
+def model_name(source: str | os.PathLike[str] | None) -> str:
+    """Return the name of a model for messages."""
+    return "the built-in model" if source is None else os.fspath(source)
+
+
+def resolve_model(source: str | os.PathLike[str] | None) -> Path:
     """Return the file or folder of a model, looking up a Hub name in the cache and on the Hub.
 
+    Args:
+        source: a file, a folder or a Hub name; None is the built-in model.
+
     Raises:
-        CheckpointError: the file, folder or name does not exist, or the model is not in the cache and the Hub
-            cannot be reached.
+        CheckpointError: the file, folder or name does not exist, the model is not in the cache and the Hub
+            cannot be reached, or the package does not contain a built-in model.
         MissingExtraError: a Hub name is given, but huggingface_hub is not installed.
     """
+    if source is None:
+        path = builtin_model()
+        if path is None:
+            raise CheckpointError(
+                "this installation has no built-in model; give a model (on the command line: --model): a "
+                "folder, a file or a Hub name"
+            )
+        return path
     path = _local_path(source)
     if path is not None:
         return path

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jahubert.audio import AudioLike, is_recording, load_audio, stream_audio
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import Bundle, load_bundle
+from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
 from jahubert.inference.reading import PREFETCH, prefetch_audio
@@ -153,9 +154,12 @@ class FeatureExtractor:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], layer: Layers = None, **options: Any
+        cls, source: str | os.PathLike[str] | None = None, layer: Layers = None, **options: Any
     ) -> FeatureExtractor:
-        """Load any model that `HubertModel.from_pretrained` opens, and pass `options` to the constructor."""
+        """Load any model that `HubertModel.from_pretrained` opens (default: the built-in one).
+
+        `options` are passed to the constructor.
+        """
         return cls(HubertModel.from_pretrained(source), layer, **options)
 
     @property
@@ -290,9 +294,12 @@ class UnitExtractor:
         self.centroids_KD = centroids_KD.float().cpu()
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> UnitExtractor:
-        """Load a bundle with centroids. `options` are `device`, `dtype` and `chunk_seconds`."""
-        return cls.from_bundle(load_bundle(source), os.fspath(source), **options)
+    def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> UnitExtractor:
+        """Load a bundle with centroids (default: the built-in model).
+
+        `options` are `device`, `dtype` and `chunk_seconds`.
+        """
+        return cls.from_bundle(load_bundle(source), model_name(source), **options)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, name: str = "the model", **options: Any) -> UnitExtractor:

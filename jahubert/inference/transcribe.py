@@ -18,6 +18,7 @@ from torch import Tensor
 from jahubert.audio import AudioLike, AudioSource, stream_audio
 from jahubert.errors import CheckpointError, ConfigError, DataError
 from jahubert.formats.bundle import load_bundle
+from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
@@ -147,12 +148,6 @@ class Transcript:
         return tuple(out)
 
 
-def builtin_model() -> Path | None:
-    """Return the folder of the model in the package, or None if the package does not contain one."""
-    configs = sorted((Path(__file__).parents[1] / "assets").glob("*/config.json"))
-    return configs[0].parent if configs else None
-
-
 class Transcriber:
     """CTC speech recognizer: `Transcriber.from_pretrained("bundle/").transcribe("a.wav")`.
 
@@ -235,17 +230,11 @@ class Transcriber:
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> Transcriber:
         """Load a fine-tuned model (default: the built-in one), and pass `options` to the constructor."""
-        source = builtin_model() if source is None else source
-        if source is None:
-            raise CheckpointError(
-                "this installation has no built-in model; give a fine-tuned model "
-                "(on the command line: --model): a folder, a file or a Hub name"
-            )
         bundle = load_bundle(source)
         if bundle.ctc is None or bundle.phonemes is None:
             missing = "CTC head" if bundle.ctc is None else "symbols (vocab.json)"
             raise CheckpointError(
-                f"{os.fspath(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
+                f"{model_name(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
                 "the finetune stage, or another CTC model"
             )
         if (stored := bundle.info.get("confidence")) is not None:

@@ -277,8 +277,11 @@ class HubertModel(nn.Module):
         self.masked_spec_embed = nn.Parameter(torch.empty(config.width).uniform_())
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> HubertModel:
-        """Load the encoder of any checkpoint that `jahubert.load_bundle` opens, in eval mode."""
+    def from_pretrained(cls, source: str | os.PathLike[str] | None = None) -> HubertModel:
+        """Load the encoder of any model that `jahubert.load_bundle` opens (default: the built-in one).
+
+        The encoder is in eval mode.
+        """
         from jahubert.formats.bundle import load_bundle
 
         return load_bundle(source).model

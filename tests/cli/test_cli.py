@@ -144,14 +144,14 @@ def test_units_are_printed_or_written(bundle, folder, capsys):
 
 
 def test_units_use_the_builtin_model_by_default(bundle, folder, capsys, monkeypatch):
-    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: Path(bundle))
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: Path(bundle))
     assert main(["units", "--model", bundle, "data/a.wav"]) == 0
     expected = capsys.readouterr().out
     assert main(["units", "data/a.wav"]) == 0
     assert capsys.readouterr().out == expected
     loaded = load_bundle(bundle)
     save_bundle("plain", ctc=loaded.ctc, phonemes=loaded.phonemes)
-    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: Path("plain"))
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: Path("plain"))
     assert main(["units", "data/a.wav"]) == 2
     error = capsys.readouterr().err
     assert "centroids" in error and error.count("\n") == 1
@@ -201,7 +201,7 @@ def test_invalid_arguments_give_a_one_line_error(bundle, folder, capsys, args, m
 
 @pytest.mark.parametrize("name", ["transcribe", "features", "units"])
 def test_missing_builtin_model_is_reported(folder, capsys, monkeypatch, name):
-    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: None)
     assert main([name, "data/a.wav", *(["-o", "out"] if name == "features" else [])]) == 2
     assert "--model" in capsys.readouterr().err
 

@@ -358,10 +358,7 @@ def test_decoding_equals_that_on_the_cpu(device):
 
 def test_transcript_equals_that_on_the_cpu(device):
     transcribers = [
-        jahubert.Transcriber.from_pretrained(
-            jahubert.inference.transcribe.builtin_model(), device=name, dtype=torch.float32
-        )
-        for name in ("cpu", device)
+        jahubert.Transcriber.from_pretrained(device=name, dtype=torch.float32) for name in ("cpu", device)
     ]
     expected, result = (t.transcribe(syllables(4.0), sample_rate=16_000) for t in transcribers)
     assert result.text == expected.text and result.phonemes == expected.phonemes

@@ -1,4 +1,4 @@
-"""Tests of the built-in model: presence, size, model card and accuracy."""
+"""Tests of the built-in model: presence, use by default, size, model card and accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 import jahubert
-from jahubert.inference.transcribe import Transcriber, builtin_model
+from jahubert.errors import CheckpointError
+from jahubert.formats.bundle import save_bundle
+from jahubert.formats.hub import builtin_model
+from jahubert.inference.features import FeatureExtractor, UnitExtractor
+from jahubert.inference.transcribe import Transcriber
+from jahubert.model.hubert import HubertModel
 
 MODEL = builtin_model()
 SETS = (
@@ -40,6 +45,40 @@ def phone_error_rate(references: list[list[str]], transcripts: list[jahubert.Tra
 def test_package_contains_a_small_model():
     assert MODEL is not None and MODEL.parent.parent == Path(jahubert.__file__).parent
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        jahubert.load_bundle,
+        HubertModel.from_pretrained,
+        FeatureExtractor.from_pretrained,
+        UnitExtractor.from_pretrained,
+        Transcriber.from_pretrained,
+    ],
+)
+def test_missing_model_is_reported(load, monkeypatch):
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: None)
+    with pytest.raises(CheckpointError, match="no built-in model"):
+        load()
+
+
+def test_features_and_units_use_the_model_by_default():
+    wav = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    centroid_layer = jahubert.load_bundle().centroid_layer
+    extractor = FeatureExtractor.from_pretrained(layer=centroid_layer, device="cpu")
+    features = extractor(wav)
+    assert features.equal(FeatureExtractor(HubertModel.from_pretrained(MODEL), centroid_layer)(wav))
+    units = UnitExtractor.from_pretrained(device="cpu")
+    assert units(wav).equal(units.nearest(features))
+
+
+def test_message_names_the_model_without_centroids(monkeypatch, tmp_path):
+    save_bundle(tmp_path / "plain", model=HubertModel.from_pretrained())
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: tmp_path / "plain")
+    for load in (UnitExtractor.from_pretrained, Transcriber.from_pretrained):
+        with pytest.raises(CheckpointError, match="the built-in model has no"):
+            load()
 
 
 def test_model_card_is_complete():

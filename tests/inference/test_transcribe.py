@@ -28,7 +28,6 @@ from jahubert.inference.transcribe import (
     Decoded,
     Transcriber,
     TranscriptSegment,
-    builtin_model,
     join_cut_words,
     words_of,
 )
@@ -350,17 +349,6 @@ def test_from_pretrained_opens_ctc_bundles_only(ctc, random_asr, tmp_path):
         Transcriber(ctc, PhonemeSet(PHONEMES.symbols[:10]))
     with pytest.raises(ConfigError, match="beam is 0"):
         Transcriber(ctc, PHONEMES, beam=0)
-
-
-def test_missing_builtin_model_is_reported(monkeypatch):
-    monkeypatch.setattr("jahubert.inference.transcribe.builtin_model", lambda: None)
-    with pytest.raises(CheckpointError, match="no built-in model"):
-        Transcriber.from_pretrained()
-
-
-def test_builtin_model_is_a_bundle_or_none():
-    path = builtin_model()
-    assert path is None or (path / "config.json").is_file()
 
 
 def test_lexicon_writes_kanji(ctc, tmp_path):

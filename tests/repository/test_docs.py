@@ -28,8 +28,8 @@ from fixtures.sounds import syllables
 import jahubert
 from jahubert.cli import main as cli
 from jahubert.errors import ConfigError
+from jahubert.formats import hub
 from jahubert.formats.bundle import save_bundle
-from jahubert.inference import transcribe
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertConfig
 from jahubert.phonemes import PhonemeSet
@@ -66,6 +66,13 @@ def commands(path: Path, program: str) -> list[tuple[str, ...]]:
     return [tuple(words) for words in matches if words != ["..."]]
 
 
+@pytest.fixture
+def builtin_model(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a missing built-in model, which a recipe builds, with the one of the examples."""
+    if hub.builtin_model() is None:
+        monkeypatch.setattr(hub, "builtin_model", lambda: examples / "bundle")
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> Path:
     """Return a folder with the `bundle/` and `audio.wav` that the examples use."""
@@ -91,6 +98,7 @@ def examples(tmp_path_factory) -> Path:
 TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" and path.name != "features.md"]
 
 
+@pytest.mark.usefixtures("builtin_model")
 @pytest.mark.parametrize(
     "path", [p for p in PAGES if blocks(p, "python") and p not in TUTORIALS], ids=name_of
 )
@@ -230,11 +238,10 @@ def readme_folder(examples: Path) -> Path:
     return examples
 
 
+@pytest.mark.usefixtures("builtin_model")
 @pytest.mark.parametrize("line", README_LINES, ids=lambda line: line.partition("#")[0].strip())
 def test_command_of_the_readme_runs(line: str, readme_folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(readme_folder)
-    if transcribe.builtin_model() is None:  # the model may be missing, because a recipe builds it
-        monkeypatch.setattr(transcribe, "builtin_model", lambda: readme_folder / "bundle")
     words = shlex.split(line, comments=True)
     if words[0] == "pip":
         declared = (REPO / "pyproject.toml").read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ from jahubert.inference.writers import srt
 
 def main() -> None:
     extractor: jahubert.FeatureExtractor = jahubert.FeatureExtractor.from_pretrained("bundle/", layer=6)
+    builtin: jahubert.FeatureExtractor = jahubert.FeatureExtractor.from_pretrained(layer=4)
     one: torch.Tensor = extractor("audio.wav")
     many: list[torch.Tensor] = extractor(["a.wav", "b.wav"])
     units: torch.Tensor = jahubert.UnitExtractor.from_pretrained("bundle/")(np.zeros(16_000, np.float32))
@@ -48,7 +49,7 @@ def main() -> None:
         jahubert.load_bundle("bundle/")
     except UserError:
         pass
-    print(one, many, units, text, starts, frames, encoded.hidden_BSD, labels, convert, srt)
+    print(builtin, one, many, units, text, starts, frames, encoded.hidden_BSD, labels, convert, srt)
 """
 
 
