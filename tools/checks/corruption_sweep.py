@@ -53,7 +53,7 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.data.training_text import training_sentences
 from jahubert.train.experiment.config import input_fields
 from jahubert.train.experiment.provenance import DONE, read_record, stage_states
-from jahubert.train.pipeline.jobs import Job
+from jahubert.train.experiment.registry import Job
 from jahubert.train.pipeline.runner import run_stage, verify_inputs
 from jahubert.train.stages import features
 from jahubert.train.text.tokens import Tokenizer

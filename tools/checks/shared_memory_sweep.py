@@ -25,7 +25,7 @@ from pathlib import Path
 from small_experiment import contents, overrides_of, run_child, run_stages, stage_jobs
 
 from jahubert import run
-from jahubert.train.pipeline.jobs import Job
+from jahubert.train.experiment.registry import Job
 
 SIZES = ("64k", "2m", "64m", "full")
 READS_AUDIO = ("features", "label", "pretrain", "finetune", "decode")

@@ -24,7 +24,7 @@ from pathlib import Path
 from small_experiment import NGRAM, contents, overrides_of, run_child, run_stages, stage_jobs
 
 from jahubert import run
-from jahubert.train.pipeline.jobs import Job
+from jahubert.train.experiment.registry import Job
 
 SIGNALS = {signal.SIGTERM: (75,), signal.SIGINT: (130, 75)}  # accepted exit statuses
 # First input of the stages that read no audio, and of the decoding that reads a language model first.

@@ -24,7 +24,8 @@ from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.inference.confidence import Calibration
 from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
-from jahubert.train.pipeline.jobs import Job, configure_jobs
+from jahubert.train.experiment.registry import Job
+from jahubert.train.pipeline.jobs import configure_jobs
 from jahubert.train.pipeline.reporting import report_error
 from jahubert.train.pipeline.runner import run_stage
 

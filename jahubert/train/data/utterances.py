@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 UNUSABLE_AUDIO = "unusable audio"  # reason for rejecting recordings that cannot be decoded
+DECODING_THREADS = 8  # maximum number of threads with which stage=prepare checks audio
 RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds to wait before retrying a read after a file system error
 _BLOCK = 1 << 20  # bytes
 _MAX_DETAIL = 2_000  # maximum length, in characters, of the details about a rejected item

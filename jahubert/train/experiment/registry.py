@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jahubert
 from jahubert.errors import ConfigError, quote
@@ -47,6 +47,14 @@ STAGES = {
 
 _FOLDERS: set[Path] = set()  # folders of the files that `_import_file` has imported
 PER_DECODING = ("decode", "score")  # stages that can be run several times for one fine-tuned model
+
+
+class Job(NamedTuple):
+    """A stage with its validated settings and its output folder."""
+
+    stage: str
+    config: Any  # the stage's `Config`
+    out: Path
 
 
 def stage_folder(stage: str, iteration: int | None, system: str | None, decoding: str | None = None) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 from jahubert.errors import ConfigError
 from jahubert.train.experiment.config import structure, untyped
 from jahubert.train.experiment.provenance import DONE, STARTED
-from jahubert.train.experiment.registry import STAGES, resolve
+from jahubert.train.experiment.registry import STAGES, Job, resolve
 from jahubert.train.pipeline.compose import CommandSettings, compose
-from jahubert.train.pipeline.jobs import Job, configure_jobs
+from jahubert.train.pipeline.jobs import configure_jobs
 
 # Settings that `compose` has converted or that remain text.
 _TEXT = {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jahubert.errors import ConfigError
 from jahubert.train.experiment.config import settings_error, structure, unknown_name_error, untyped
-from jahubert.train.experiment.registry import STAGES, recipe_names, resolve, stage_folder
+from jahubert.train.experiment.registry import STAGES, Job, recipe_names, resolve, stage_folder
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.overrides import parse_overrides
 
@@ -24,14 +24,6 @@ class PlannedStage(NamedTuple):
     stage: str
     iteration: int | None = None
     system: str | None = None
-
-
-class Job(NamedTuple):
-    """A stage with its validated settings and its output folder."""
-
-    stage: str
-    config: Any  # the stage's `Config`
-    out: Path
 
 
 def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list[Job]:

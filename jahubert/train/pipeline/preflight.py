@@ -21,18 +21,15 @@ from jahubert.train.data.manifest import Manifest
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import input_fields, raise_config_errors, split_fields
 from jahubert.train.experiment.provenance import DONE, input_fingerprint
-from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.experiment.registry import ENGINES, Job, resolve
 from jahubert.train.trainer.optim import TrainConfig, pick_precision
 from jahubert.train.trainer.tracker import check_tracker
 
 
-def preflight_errors(
-    jobs: Sequence[tuple[str, Any, Path]], outputs: Sequence[Path], processes: int
-) -> list[str]:
+def preflight_errors(jobs: Sequence[Job], outputs: Sequence[Path], processes: int) -> list[str]:
     """Return one message per detected error that would make a stage fail.
 
     Args:
-        jobs: tuples (stage, config, output folder).
         outputs: output folders of the command. Inputs in these folders need not exist yet.
         processes: number of training processes.
     """
@@ -41,7 +38,7 @@ def preflight_errors(
     return errors + split_errors(jobs)
 
 
-def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
+def split_errors(jobs: Sequence[Job]) -> list[str]:
     """Return one message for each split that a stage reads but its manifest does not contain.
 
     Finished stages, and manifests that do not exist yet or are damaged, are skipped.
@@ -65,7 +62,7 @@ def split_errors(jobs: Sequence[tuple[str, Any, Path]]) -> list[str]:
     return errors
 
 
-def check_splits(jobs: Sequence[tuple[str, Any, Path]]) -> None:
+def check_splits(jobs: Sequence[Job]) -> None:
     """Raise ConfigError on all ranks if a stage reads splits that its manifest does not contain."""
     with distributed.rank0_reports():
         raise_config_errors(split_errors(jobs))

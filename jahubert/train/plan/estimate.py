@@ -22,8 +22,9 @@ from jahubert.frames import HUBERT
 from jahubert.model.hubert import HubertConfig
 from jahubert.train.clustering.features import Mfcc
 from jahubert.train.data.manifest import Manifest
+from jahubert.train.data.utterances import DECODING_THREADS
 from jahubert.train.experiment.config import structure
-from jahubert.train.experiment.registry import STAGES, resolve, value_for_subset
+from jahubert.train.experiment.registry import STAGES, Job, resolve, value_for_subset
 from jahubert.train.plan.flops import forward_flops, step_flops
 from jahubert.train.plan.machine import GPUS, Machine, from_table, measure
 from jahubert.train.plan.memory import peak_bytes
@@ -31,7 +32,11 @@ from jahubert.train.trainer.micro_batch import automatic_micro_seconds, fixed_by
 from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
-_CHECKPOINT = 12  # size of a checkpoint in bytes per parameter
+_LONGEST_SECONDS = 30.0  # assumed length of the longest utterance in fine-tuning
+_CHECKPOINT_BYTES = 12  # size of a checkpoint per parameter
+_WEIGHT_BYTES = 4  # size of a file of weights per parameter
+_MANIFEST_BYTES = 250.0  # typical size of a manifest per utterance
+_KMEANS_START = 10  # assumed cost of finding initial centroids, in passes over the sampled frames
 _GPU_COUNTS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
 _TRAINING_STAGES = ("pretrain", "finetune")
 # Numeric settings of the estimate: the maximum, and a description of valid values for error messages.
@@ -41,8 +46,6 @@ _NUMBERS = {
     "utilization": (1.0, "a fraction of the peak, above 0 and at most 1"),
 }
 _SETTINGS = ("gpu", *_NUMBERS)
-
-Job = tuple[str, Any, Path]  # (stage, config, output folder)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
     if "gpu" in options:
         machine = from_table(options["gpu"], int(gpus or processes), numbers["utilization"])
     else:
-        trained = [config for stage, config, _ in jobs if stage in _TRAINING_STAGES]
+        trained = [job.config for job in jobs if job.stage in _TRAINING_STAGES]
         if not trained:
             raise ConfigError(
                 "plan: none of these stages trains a model that could be measured; use stage=all or gpu=NAME"
@@ -148,12 +151,14 @@ def _context_jobs(tree: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
 
     The result is empty unless such a stage is the only job.
     """
-    stage, _, out = jobs[0]
-    if len(jobs) > 1 or stage not in ("features", "kmeans", "label"):
+    if len(jobs) > 1 or jobs[0].stage not in ("features", "kmeans", "label"):
         return []
-    others = [other for other in ("features", "kmeans", "pretrain") if other != stage]
-    settings = {other: (tree[other] or {}, resolve(other, STAGES, "stage").Config) for other in others}
-    return [(other, structure(*settings[other], other), out.parent / other) for other in others]
+    context = []
+    for stage in ("features", "kmeans", "pretrain"):
+        if stage != jobs[0].stage:
+            config = structure(tree[stage] or {}, resolve(stage, STAGES, "stage").Config, stage)
+            context.append(Job(stage, config, jobs[0].out.parent / stage))
+    return context
 
 
 def _corpus(manifest: Path, given_hours: float | None, tree: dict[str, Any]) -> Corpus:
@@ -178,44 +183,83 @@ def estimate_stages(
     jobs: Sequence[Job], corpus: Corpus, machine: Machine, context: Sequence[Job] = ()
 ) -> list[StageEstimate]:
     """Estimate each job. The settings of `context` are used as well (see `_context_jobs`)."""
-    configs = {(stage, out.parent): config for stage, config, out in (*jobs, *context)}
+    configs = {(job.stage, job.out.parent): job.config for job in (*jobs, *context)}
     models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
     model = models[0] if models else HubertConfig()
     estimates = []
-    for stage, config, out in jobs:
-        name = stage
-        if out.parent.name.startswith("iter") or "systems" in out.parts:
-            name = f"{out.parent.name}/{stage}"
-        features, kmeans = (configs.get((kind, out.parent)) for kind in ("features", "kmeans"))
-        if stage in _TRAINING_STAGES:
-            estimate = _training(name, config, corpus, machine)
-        elif stage == "features":
-            estimate = _features(name, config, model, corpus, machine)
-        elif stage == "kmeans":
-            estimate = _kmeans(name, config, features, model, machine)
-        elif stage == "label":
+    for job in jobs:
+        name = job.stage
+        if job.out.parent.name.startswith("iter") or "systems" in job.out.parts:
+            name = f"{job.out.parent.name}/{job.stage}"
+        features, kmeans = (configs.get((stage, job.out.parent)) for stage in ("features", "kmeans"))
+        if job.stage == "prepare":
+            estimate = _prepare(name, job.config, corpus, machine)
+        elif job.stage == "features":
+            estimate = _features(name, job.config, model, corpus, machine)
+        elif job.stage == "kmeans":
+            estimate = _kmeans(name, job.config, features, model, machine)
+        elif job.stage == "label":
             estimate = _label(name, features, kmeans, model, corpus, machine)
-        elif stage == "prepare":
-            hours = corpus.hours / machine.decode_speed / 8 if config.check_audio else None
-            note = "decodes all audio, with 8 threads" if config.check_audio else "does not decode audio"
-            estimate = StageEstimate(name, hours, 250.0 * corpus.utterances, None, note)
+        elif job.stage == "pretrain":
+            estimate = _pretraining(name, job.config, corpus, machine)
+        elif job.stage == "finetune":
+            estimate = _finetuning(name, job.config, corpus, machine)
         else:
             estimate = StageEstimate(name, None, None, None, "short compared with other stages")
         estimates.append(estimate)
     return estimates
 
 
-def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
+def _prepare(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
+    hours, note = None, "does not decode audio"
+    if config.check_audio:
+        hours = corpus.hours / machine.decode_speed / DECODING_THREADS
+        note = f"decodes all audio, with {DECODING_THREADS} threads"
+    return StageEstimate(name, hours, _MANIFEST_BYTES * corpus.utterances, None, note)
+
+
+def _pretraining(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
+    longest = config.crop.max_seconds
+    return _training(name, config, corpus, machine, longest=longest, head_only_steps=0, n_weight_files=1)
+
+
+def _finetuning(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
+    return _training(
+        name,
+        config,
+        corpus,
+        machine,
+        longest=_LONGEST_SECONDS,
+        head_only_steps=config.head_only_steps,
+        n_weight_files=2,  # the best weights in addition to the bundle
+    )
+
+
+def _training(
+    name: str,
+    config: Any,
+    corpus: Corpus,
+    machine: Machine,
+    *,
+    longest: float,
+    head_only_steps: int,
+    n_weight_files: int,
+) -> StageEstimate:
+    """Estimate the cost of pretraining or fine-tuning.
+
+    Args:
+        longest: duration of the longest crop or utterance in seconds.
+        head_only_steps: number of updates without a backward pass of the encoder.
+        n_weight_files: number of files with all weights, in addition to the checkpoints.
+    """
     train: TrainConfig = config.train
-    longest = config.crop.max_seconds if hasattr(config, "crop") else 30.0
     seconds = min(longest, 3600 * corpus.hours / corpus.utterances)
     precision = _precision(train, machine)
     rate = machine.flops_fp32 if precision is torch.float32 else machine.flops_16bit
     flops_per_second = step_flops(config.model, seconds, train.recompute)
     parameters = n_parameters(config.model)
     flops = flops_per_second * train.batch_seconds * train.max_steps
-    head_only = min(getattr(config, "head_only_steps", 0), train.max_steps)
-    flops *= 1 - head_only / train.max_steps * 2 / 3  # head-only steps skip the backward pass of the encoder
+    flops *= 1 - head_only_steps / train.max_steps * 2 / 3  # a backward pass costs two forward passes
     hours: float | None = flops / rate / machine.n_devices / 3600
     micro_seconds = train.micro_seconds or automatic_micro_seconds(
         train,
@@ -232,14 +276,13 @@ def _training(name: str, config: Any, corpus: Corpus, machine: Machine) -> Stage
     memory = fixed_bytes(parameters, precision, machine.n_devices, train.sharded)
     memory += micro_seconds * peak_bytes(config.model, seconds, train.recompute, precision, is_gpu)
     checkpoints = train.keep_last + (train.max_steps // train.keep_every if train.keep_every else 0)
-    weights = 1 + hasattr(config, "dev_splits")  # the bundle, and the best weights in fine-tuning
-    disk = (checkpoints * _CHECKPOINT + weights * 4) * parameters
+    disk = (checkpoints * _CHECKPOINT_BYTES + n_weight_files * _WEIGHT_BYTES) * parameters
     speed = rate / flops_per_second
     readers = math.ceil(speed / machine.decode_speed)
     notes = [
         f"{speed * machine.n_devices:.0f} audio-h/h",
         f"micro-batches of {micro_seconds:.4g} s",
-        f"{readers} reader{'s'[: readers > 1]} per device",
+        f"{readers} {'reader' if readers == 1 else 'readers'} per device",
     ]
     if not _is_measured(config.model, precision, machine):
         notes.append("rate estimated")
@@ -303,7 +346,8 @@ def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machi
 
 def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> StageEstimate:
     _, dim = _feature_cost(features, model)
-    flops = 2.0 * features.sample_frames * dim * config.n_clusters * (config.max_iter + 10) * config.n_init
+    passes = (config.max_iter + _KMEANS_START) * config.n_init
+    flops = 2.0 * features.sample_frames * dim * config.n_clusters * passes
     hours = flops / machine.flops_fp32 / machine.n_devices / 3600
     note = f"for max_iter={config.max_iter} passes"
     return StageEstimate(name, hours, 4.0 * dim * config.n_clusters, None, note)

@@ -28,7 +28,13 @@ from jahubert.frames import HUBERT
 from jahubert.prefetch import usable_cores
 from jahubert.train.data.decode_cache import DecodeCache, DecodeRecorder
 from jahubert.train.data.manifest import Manifest, Rejected, Utterance, Utterances, write_manifest
-from jahubert.train.data.utterances import UNUSABLE_AUDIO, load_utterance, read_reliably, too_many
+from jahubert.train.data.utterances import (
+    DECODING_THREADS,
+    UNUSABLE_AUDIO,
+    load_utterance,
+    read_reliably,
+    too_many,
+)
 from jahubert.train.experiment import distributed, provenance
 from jahubert.train.experiment.config import (
     config_group,
@@ -152,7 +158,7 @@ def check_items(
             recorder.add(result)
         return result
 
-    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+    with ThreadPoolExecutor(min(DECODING_THREADS, usable_cores())) as pool:
         for item in items:
             checked = _without_decoding(item, check_audio, cache) if isinstance(item, Utterances) else None
             if checked is not None:

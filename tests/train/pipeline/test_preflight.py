@@ -169,8 +169,11 @@ def test_finished_stages_are_not_checked_against_the_device(tmp_path):
     (exp / "iter1/pretrain").mkdir(parents=True)
     write_json(exp / "iter1/pretrain" / DONE, {})
     configured = configure_jobs([f"recipe={ROUGH}", "stage=all", f"exp={exp}"])
-    jobs = [(stage, replace(config, train=replace(config.train, device="gpu")), out)
-            for stage, config, out in configured if stage in ("pretrain", "finetune")]  # fmt: skip
+    jobs = [
+        job._replace(config=replace(job.config, train=replace(job.config.train, device="gpu")))
+        for job in configured
+        if job.stage in ("pretrain", "finetune")
+    ]
     assert preflight.preflight_errors(jobs[:1], [exp], 1) == []
     (error,) = preflight.preflight_errors(jobs, [exp], 1)
     assert error.startswith("device=gpu")
