@@ -15,7 +15,7 @@ from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
-from jahubert.inference.reading import PREFETCH, prefetch_audio
+from jahubert.inference.reading import PREFETCH, prefetch_audio, run_batch
 from jahubert.model.centroids import NearestCentroid
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
@@ -239,20 +239,9 @@ class FeatureExtractor:
 
     def _encode_valid(self, wavs: list[Tensor | Exception], errors: str) -> Iterator[Tensor | Exception]:
         """Encode waveforms, and pass exceptions through in their positions."""
-        features = iter(self._encode_batch([wav for wav in wavs if isinstance(wav, Tensor)], errors))
+        features = iter(run_batch([wav for wav in wavs if isinstance(wav, Tensor)], self.encode, errors))
         for wav in wavs:
             yield wav if isinstance(wav, Exception) else next(features)
-
-    def _encode_batch(self, wavs: list[Tensor], errors: str) -> Sequence[Tensor | Exception]:
-        """Encode a batch. If this fails and errors are to be returned, encode each waveform separately."""
-        try:
-            return self.encode(wavs)
-        except Exception as error:
-            if errors == "raise":
-                raise
-            if len(wavs) == 1:
-                return [error]
-        return [result for wav in wavs for result in self._encode_batch([wav], errors)]
 
     def stream(self, audio: AudioLike, sample_rate: int | None = None) -> Iterator[Tensor]:
         """Yield the features of one recording in chunks. For a file, memory use is independent of length.

@@ -1,11 +1,11 @@
-"""Background reading of recordings for feature extraction and transcription."""
+"""Background reading and batch processing of recordings for feature extraction and transcription."""
 
 from __future__ import annotations
 
 import os
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 
 R = TypeVar("R")
+Item = TypeVar("Item")
 
 PREFETCH = 32  # number of recordings to decode ahead
 MAX_SAMPLES = 600 * SAMPLE_RATE  # number of decoded samples (10 minutes, 38 MB) at which reading ahead pauses
@@ -69,6 +70,27 @@ def read_ahead(
         for item, result in ahead:
             count(-n_samples(result))
             yield item, result
+
+
+def run_batch(
+    items: list[Item], work: Callable[[list[Item]], Sequence[R]], errors: str
+) -> list[R | Exception]:
+    """Process a batch. If this fails and errors are returned, process each item by itself.
+
+    Args:
+        items: the items of the batch, such as waveforms.
+        work: function that returns one result for each item in a list.
+        errors: "raise" passes on the exception of a failed batch. "return" returns the exception of a failed
+            item in its place.
+    """
+    try:
+        return list(work(items))
+    except Exception as error:
+        if errors == "raise":
+            raise
+        if len(items) == 1:
+            return [error]
+    return [result for item in items for result in run_batch([item], work, errors)]
 
 
 def _may_block(item: AudioLike) -> bool:

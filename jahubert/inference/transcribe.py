@@ -25,7 +25,7 @@ from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import Calibration, confidence
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
 from jahubert.inference.fusion import load_fusion
-from jahubert.inference.reading import read_ahead
+from jahubert.inference.reading import read_ahead, run_batch
 from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.inference.writers import join_words
@@ -76,12 +76,28 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A recording whose beginning has been read: one chunk if it is short, two if not, none on an error."""
+class _Short:
+    """A recording of up to one chunk that has been read."""
+
+    wav_T: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples that have been read."""
+        return len(self.wav_T)
+
+
+@dataclass(frozen=True)
+class _Long:
+    """A recording of several chunks whose beginning has been read."""
 
     head: list[Chunk]
     rest: Iterator[Chunk]  # chunks that are still to be read
-    error: Exception | None = None  # raised by reading the beginning
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples in the chunks that have been read."""
+        return sum(len(chunk.wav_T) for chunk in self.head)
 
 
 @dataclass(frozen=True)
@@ -304,36 +320,39 @@ class Transcriber:
             lambda item: self._open(item, sample_rate),
             audio,
             PREFETCH,
-            lambda opened: sum(len(chunk.wav_T) for chunk in opened.head),
+            lambda opened: 0 if isinstance(opened, Exception) else opened.n_samples,
         )
         with closing(recordings):
             for item, opened in recordings:
-                name, error = _name(item), opened.error
-                if len(opened.head) == 1:
-                    batch.append((name, opened.head[0].wav_T))
+                if isinstance(opened, _Short):
+                    batch.append((_name(item), opened.wav_T))
                     if sum(len(wav_T) for _, wav_T in batch) < batch_seconds * SAMPLE_RATE:
                         continue
                 yield from self._transcribe_batch(batch, errors, progress)
                 batch = []
-                if len(opened.head) == 2:
-                    try:
-                        recording = chain(opened.head, opened.rest)
-                        yield self._transcribe_long(name, recording, progress, on_segment)
-                    except Exception as caught:
-                        error = caught
-                if error is not None:
+                if isinstance(opened, _Short):
+                    continue
+                result: Transcript | Exception
+                try:
+                    if isinstance(opened, Exception):
+                        raise opened
+                    recording = chain(opened.head, opened.rest)
+                    result = self._transcribe_long(_name(item), recording, progress, on_segment)
+                except Exception as error:
                     if errors == "raise":
-                        raise error
-                    yield error
+                        raise
+                    result = error
+                yield result
         yield from self._transcribe_batch(batch, errors, progress)
 
-    def _open(self, item: AudioLike, sample_rate: int | None) -> _Opened:
-        """Read the beginning of a recording."""
+    def _open(self, item: AudioLike, sample_rate: int | None) -> _Short | _Long | Exception:
+        """Read the beginning of a recording, and return the exception if this fails."""
         try:
             parts = chunks(stream_audio(item, sample_rate), self.grid, CHUNK_SECONDS)
-            return _Opened(list(islice(parts, 2)), parts)
+            head = list(islice(parts, 2))
         except Exception as error:
-            return _Opened([], iter(()), error)
+            return error
+        return _Short(head[0].wav_T) if len(head) == 1 else _Long(head, parts)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
         """Return float32 log-probabilities (S, V) on the CPU for 16 kHz waveforms (T,) of any length."""
@@ -348,20 +367,10 @@ class Transcriber:
     def _transcribe_batch(
         self, recordings: list[tuple[str, Tensor]], errors: str, progress: Progress | None
     ) -> Iterator[Transcript | Exception]:
-        """Transcribe short recordings (name, waveform) in one batch."""
+        """Transcribe short recordings (name, waveform) in one batch, or one by one if the batch fails."""
         if not recordings:
             return
-        results: Sequence[Transcript | Exception]
-        try:
-            results = self._transcribe_short(recordings)
-        except Exception as error:
-            if errors == "raise":
-                raise
-            results = [error] if len(recordings) == 1 else []
-        if not results:  # a recording failed, so all recordings are retried one by one
-            for recording in recordings:
-                yield from self._transcribe_batch([recording], errors, progress)
-            return
+        results = run_batch(recordings, self._transcribe_short, errors)
         if progress is not None:
             progress(sum(len(wav_T) for _, wav_T in recordings) / SAMPLE_RATE)
         yield from results
