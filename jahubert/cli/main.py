@@ -120,6 +120,8 @@ def transcribe(args: argparse.Namespace) -> int:
     for item in inputs:
         writer.start(item)
         result = next(transcripts)
+        if isinstance(result, OSError) and is_output_error(result):
+            raise result  # a segment of a long recording could not be printed
         if isinstance(result, Exception):
             progress.add_failure(item.label, result)
         else:

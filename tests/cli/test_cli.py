@@ -360,6 +360,16 @@ def test_head_reads_the_first_line_and_ends_the_command(bundle, folder):
     assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if head ended after the last output
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
+def test_closed_pipe_ends_the_command_within_a_long_recording(bundle, folder):
+    soundfile.write("long.wav", np.tile(syllables(2.0).numpy(), 20), 16_000)
+    command = f"'{sys.executable}' -m jahubert transcribe --model '{bundle}' long.wav"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
 def test_errors_without_a_file_name_are_not_taken_for_errors_of_standard_output(
     bundle, folder, capsys, monkeypatch, code
