@@ -56,9 +56,10 @@ def test_model_learns_the_corpus(whole):
     summary = json.loads((whole / "report/metrics.json").read_text())
     assert summary["units"]["iter1"]["pnmi"] > 0.9  # each phone has its own chord
     layers = summary["layers"]
-    assert len(layers["iter1"]) == len(layers["iter2"]) == 3 and layers["mfcc"][0]["pnmi"] > 0.9
+    models = layers["models"]
+    assert len(models["iter1"]) == len(models["iter2"]) == 3 and layers["mfcc"]["pnmi"] > 0.9
     # For the comparison of layers, layer 2 is clustered into more units than for iteration 2.
-    assert layers["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
+    assert models["iter1"][1]["pnmi"] > summary["units"]["iter2"]["pnmi"]
     assert 3 < summary["units"]["iter1"]["entropy"] <= np.log2(12)
     assert [units["pretrained_on"] for units in summary["units"].values()] == [True, True, False]
     assert summary["corpus"]["rejected"] == {"always rejected": 1}

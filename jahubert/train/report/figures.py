@@ -16,6 +16,7 @@ import numpy as np
 from jahubert.errors import MissingExtraError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.data.manifest import Phone
+from jahubert.train.report.units import LayerQuality
 
 TRAINING, VALIDATION = "#1f6fb2", "#d1603d"
 _RUN_COLORS = (TRAINING, "#c2452d", "#2e8b57", "#8a5cb8", "#b8860b", "#4a4a4a")
@@ -68,22 +69,15 @@ def _curve(lines: Mapping[tuple[str, bool], Sequence[tuple[float, float]]], colo
     return _svg(draw, 3.4, 2.1)
 
 
-def layer_curves(layers: Mapping[str, Any]) -> str:
-    """Plot the PNMI of units from every layer of each model, and from MFCCs on the same frames.
-
-    Args:
-        layers: mapping from each model to a list of {"pnmi": ...} for layers 1, 2, ..., and from "mfcc" to a
-            list with one entry. Other values, such as the number of "frames", are ignored.
-    """
+def layer_curves(layers: LayerQuality) -> str:
+    """Plot the PNMI of units from every layer of each model, and from MFCCs on the same frames."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for name, blocks in layers.items():
-            if name == "mfcc":
-                axes.axhline(blocks[0]["pnmi"], color="black", linewidth=0.8, linestyle="--", label="MFCC")
-            elif isinstance(blocks, list):
-                line = [block["pnmi"] for block in blocks]
-                axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=name)
+        axes.axhline(layers.mfcc["pnmi"], color="black", linewidth=0.8, linestyle="--", label="MFCC")
+        for model, qualities in layers.models.items():
+            line = [quality["pnmi"] for quality in qualities]
+            axes.plot(range(1, len(line) + 1), line, marker="o", markersize=4, label=model)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small", frameon=False)
         _style(axes)

@@ -25,7 +25,7 @@ from jahubert.train.report.markup import (
     table,
 )
 from jahubert.train.report.tables import splits_of
-from jahubert.train.report.units import LAYER_UNITS, UnitCounts
+from jahubert.train.report.units import LAYER_UNITS, LayerQuality, UnitCounts
 from jahubert.train.trainer.metric_log import read_metrics
 
 STYLE = Path(__file__).with_name("html.css")
@@ -40,6 +40,7 @@ class PageData:
     experiments: Mapping[str, Path]  # name -> folder; the report is about the first experiment
     summary: Mapping[str, Any]
     counts: UnitCounts
+    layers: LayerQuality | None
     examples: Mapping[str, Mapping[str, Sequence[Example]]]  # system -> "worst", "median", "best"
 
     @property
@@ -88,7 +89,7 @@ def stage_records(exp: Path) -> dict[str, Any]:
 
 
 def _header(data: PageData, records: Mapping[str, Any], strings: Strings) -> str:
-    cards = _headline(data.summary, strings)
+    cards = _headline(data, strings)
     hours = data.summary["corpus"].get("hours")
     if isinstance(hours, (int, float)):
         cards.append((strings.duration(3600 * hours), strings("corpus")))
@@ -98,21 +99,24 @@ def _header(data: PageData, records: Mapping[str, Any], strings: Strings) -> str
     return f'<div class="cards">{boxes}</div>{_made_with(records, strings)}'
 
 
-def _headline(summary: Mapping[str, Any], strings: Strings) -> list[tuple[str, str]]:
+def _headline(data: PageData, strings: Strings) -> list[tuple[str, str]]:
     """Select the most important numbers and their captions."""
     cards = []
     for measure, title in (("wer", "lowest_wer"), ("per", "lowest_per"), ("cer", "lowest_cer")):
         rates = [
             (score[measure]["rate"], name, split)
-            for name, system in summary["systems"].items()
+            for name, system in data.summary["systems"].items()
             for split, score in system["scores"].items()
             if measure in score
         ]
         if rates:
             rate, name, split = min(rates)
             cards.append((f"{100 * rate:.1f} %", f"{strings(title)}: {name}, {split}"))
-    if best := _best_layer(summary["layers"], strings):
-        text = strings("pnmi_equal_k", k=best.n_units, layer=best.name, mfcc=f"{best.mfcc:.3f}")
+    if data.layers:
+        best = _best_layer(data.layers, strings)
+        text = strings(
+            "pnmi_equal_k", k=best.n_units, layer=best.name, mfcc=f"{data.layers.mfcc['pnmi']:.3f}"
+        )
         cards.append((f"{best.pnmi:.3f}", text))
     return cards
 
@@ -236,37 +240,31 @@ def _confusions(title: str, pairs: Sequence[tuple[str, str, int]], as_kana: bool
 class _BestLayer:
     name: str
     pnmi: float
-    mfcc: float
     n_units: int
 
 
-def _best_layer(layers: Mapping[str, Any], strings: Strings) -> _BestLayer | None:
+def _best_layer(layers: LayerQuality, strings: Strings) -> _BestLayer:
     """Find the layer with the highest PNMI among the layers measured with equal K."""
-    candidates = [
+    pnmi, name, n_units = max(
         (quality["pnmi"], f"{model}, {strings('layer', number)}", quality["n_units"])
-        for model, blocks in layers.items()
-        if model not in ("mfcc", "frames")
-        for number, quality in enumerate(blocks, 1)
-    ]
-    if not candidates:
-        return None
-    pnmi, name, n_units = max(candidates)
-    return _BestLayer(name, pnmi, layers["mfcc"][0]["pnmi"], n_units)
+        for model, qualities in layers.models.items()
+        for number, quality in enumerate(qualities, 1)
+    )
+    return _BestLayer(name, pnmi, n_units)
 
 
 def _units(data: PageData, strings: Strings) -> str:
-    units, layers = data.summary["units"], data.summary["layers"]
-    parts = [_equal_k(layers, units, strings)] if layers else []
+    units = data.summary["units"]
+    parts = [_equal_k(data.layers, units, strings)] if data.layers else []
     named = {**units}
     for experiment, content in data.summary.get("others", {}).items():
         named |= {f"{experiment}: {name}": unit for name, unit in content["units"].items()}
     if named:
         parts.append(f"<h3>{strings('iteration_units')}</h3>{_units_table(named, strings)}")
-    usage = [
-        figure(figures.unit_usage(usage_K), f"{_unit_title(name, units[name], strings)}: {caption}")
-        for name, usage_K in data.counts.usage.items()
-        for caption in [strings("usage_caption")]
-    ]
+    usage = []
+    for name, usage_K in data.counts.usage.items():
+        caption = f"{_unit_title(name, units[name], strings)}: {strings('usage_caption')}"
+        usage.append(figure(figures.unit_usage(usage_K), caption))
     parts.append(details(strings("usage"), f'<div class="figures">{"".join(usage)}</div>' if usage else ""))
     matrices = []
     for name, count_PK in data.counts.joint.items():
@@ -277,17 +275,13 @@ def _units(data: PageData, strings: Strings) -> str:
     return "".join(parts)
 
 
-def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strings) -> str:
+def _equal_k(layers: LayerQuality, units: Mapping[str, Any], strings: Strings) -> str:
     """Render the quality of units (equal K) from MFCCs and from the best and the clustered layers."""
     best = _best_layer(layers, strings)
-    if best is None:
-        return ""
     clustered = {(f"iter{_number(name) - 1}", unit["layer"]) for name, unit in units.items() if unit["layer"]}
-    rows: list[Row] = [("", ["MFCC", *_qualities(layers["mfcc"][0]), ""])]
-    for model, blocks in layers.items():
-        if model in ("mfcc", "frames"):
-            continue
-        for number, quality in enumerate(blocks, 1):
+    rows: list[Row] = [("", ["MFCC", *_qualities(layers.mfcc), ""])]
+    for model, qualities in layers.models.items():
+        for number, quality in enumerate(qualities, 1):
             name = f"{model}, {strings('layer', number)}"
             marks = [strings("clustered_layer")] if (model, number) in clustered else []
             if name == best.name:
@@ -296,9 +290,10 @@ def _equal_k(layers: Mapping[str, Any], units: Mapping[str, Any], strings: Strin
                 kind = "best" if name == best.name else ""
                 rows.append((kind, [name, *_qualities(quality), ", ".join(marks)]))
     header = [strings("feature"), "K", "PNMI", strings("phone_purity"), strings("cluster_purity"), ""]
-    key = "layer_above" if best.pnmi > best.mfcc else "layer_below"
-    values = {"layer": best.name, "pnmi": f"{best.pnmi:.3f}", "mfcc": f"{best.mfcc:.3f}"}
-    title = strings("equal_k", k=min(LAYER_UNITS, best.n_units), frames=f"{layers['frames']:,}")
+    mfcc = layers.mfcc["pnmi"]
+    key = "layer_above" if best.pnmi > mfcc else "layer_below"
+    values = {"layer": best.name, "pnmi": f"{best.pnmi:.3f}", "mfcc": f"{mfcc:.3f}"}
+    title = strings("equal_k", k=min(LAYER_UNITS, best.n_units), frames=f"{layers.n_frames:,}")
     curves = figure(figures.layer_curves(layers), strings("layer_curves"))
     return f'<p class="statement">{strings(key, **values)}</p><h3>{title}</h3>{table(header, rows)}{curves}'
 

@@ -33,6 +33,18 @@ class UnitCounts:
     joint: dict[str, np.ndarray]  # number of frames per phone and unit (P, K), if phone times are available
 
 
+@dataclass(frozen=True)
+class LayerQuality:
+    """Quality of units that were fitted to MFCCs and to each layer of each model, on the same frames.
+
+    Each dict is the result of `PhoneFrames.quality`.
+    """
+
+    n_frames: int
+    mfcc: dict[str, Any]
+    models: dict[str, list[dict[str, Any]]]  # layers 1, 2, ... of each model ("iter1", ...)
+
+
 def label_stores(exp: Path) -> dict[str, LabelStore]:
     """Open the finished label stores of an experiment, keyed by iteration ("iter1", ...)."""
     return {
@@ -91,33 +103,31 @@ def count_units(exp: Path, times: dict[int, tuple[Phone, ...]], source: str) -> 
     return UnitCounts(usage, symbols, source, joint)
 
 
-def layer_curves(
+def layer_quality(
     exp: Path, times: dict[int, tuple[Phone, ...]], n_frames: int, seed: int, device: torch.device
-) -> dict[str, Any]:
+) -> LayerQuality | None:
     """Fit `LAYER_UNITS` units to MFCCs and to each layer of each iteration's model, and evaluate the units.
 
-    All measurements use the same frames. The result is empty if there are no models or no frames with phones,
-    or if `n_frames` is 0.
+    At most `n_frames` frames are used. The result is None if there are no models or no frames with phones, or
+    if `n_frames` is 0.
     """
     models = sorted(path.parent for path in exp.glob(f"iter*/pretrain/{DONE}"))
     if not (times and models and n_frames):
-        return {}
+        return None
     frames = PhoneFrames(Manifest(exp / "prepare" / "manifest.arrow"), times, n_frames, seed)
     if not len(frames):
-        return {}
-    curves: dict[str, Any] = {
-        "frames": len(frames),
-        "mfcc": [frames.quality(frames.mfcc(), LAYER_UNITS, seed)],
-    }
+        return None
+    mfcc = frames.quality(frames.mfcc(), LAYER_UNITS, seed)
+    qualities: dict[str, list[dict[str, Any]]] = {}
     for folder in models:
         layers = frames.layers(load_bundle(folder).model, device)
         name = folder.parent.name
-        curves[name] = []
+        qualities[name] = []
         with progress(f"units of each layer of {name}", "layers", len(layers)) as done:
             for frame_ND in layers:
-                curves[name].append(frames.quality(frame_ND, LAYER_UNITS, seed))
+                qualities[name].append(frames.quality(frame_ND, LAYER_UNITS, seed))
                 done(1)
-    return curves
+    return LayerQuality(len(frames), mfcc, qualities)
 
 
 def unit_quality(exp: Path, counts: UnitCounts) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Writes  metrics.json, table.txt, report.html
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,10 +59,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     times, source = units.phone_times(config.exp, manifest)
     device = distributed.process_device(config.device)
     try:  # all processes call this and share the clustering
-        layers = units.layer_curves(config.exp, times, config.layer_frames, config.seed, device)
+        layers = units.layer_quality(config.exp, times, config.layer_frames, config.seed, device)
     except AudioError as error:  # the corpus may have been moved; the report does not require audio
         log.warning("the report omits the PNMI of each layer: %s", error)
-        layers = {}
+        layers = None
     if distributed.rank():
         return {}
     experiments = name_experiments(config.exp, config.compare_with)
@@ -74,14 +74,14 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "units": units.unit_quality(config.exp, counts),
         "others": {name: {"units": units.measure_units(exp)} for name, exp in list(experiments.items())[1:]},
         "seconds": {folder: record["seconds"] for folder, record in stage_records(config.exp).items()},
-        "layers": layers,
+        "layers": None if layers is None else asdict(layers),
         "published": config.published,
     }
     table = text_tables(summary)
     write_json(out / "metrics.json", summary)
     with atomic_write(out / "table.txt") as file:
         file.write(table + "\n")
-    page = PageData(experiments, summary, counts, system_examples(config, manifest, times))
+    page = PageData(experiments, summary, counts, layers, system_examples(config, manifest, times))
     with atomic_write(out / "report.html") as file:
         file.write(render_page(page, config.language))
     print(f"{table}\n\nReport: {out / 'report.html'}")

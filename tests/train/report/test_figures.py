@@ -16,6 +16,7 @@ from jahubert.train.report.figures import (
     unit_usage,
     utterance,
 )
+from jahubert.train.report.units import LayerQuality
 
 
 def png_size(address: str) -> tuple[int, int]:
@@ -61,7 +62,7 @@ def test_unit_figures_are_valid_images():
     assert png_size(phone_matrix(count_PK, [f"p{i}" for i in range(42)]))[0] == 990
     for counts in (count_PK.sum(0), np.zeros(4, int)):
         svg_root(unit_usage(counts))
-    layers = {"frames": 900, "mfcc": [{"pnmi": 0.4}], "iter1": [{"pnmi": x} for x in (0.1, 0.3, 0.2)]}
+    layers = LayerQuality(900, {"pnmi": 0.4}, {"iter1": [{"pnmi": x} for x in (0.1, 0.3, 0.2)]})
     assert sorted(points_per_curve(layer_curves(layers))) == [2, 3]
     assert phone_matrix(count_PK, ["p"] * 42) == phone_matrix(count_PK, ["p"] * 42)
 

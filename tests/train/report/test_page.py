@@ -19,7 +19,7 @@ from jahubert.train.report.html import PageData, render_page
 from jahubert.train.report.markup import Strings
 from jahubert.train.report.results import name_experiments
 from jahubert.train.report.tables import text_tables
-from jahubert.train.report.units import UnitCounts, phone_times
+from jahubert.train.report.units import LayerQuality, UnitCounts, phone_times
 
 
 def quality(pnmi: float, n_units: int = 100) -> dict:
@@ -54,7 +54,9 @@ def make_experiment(exp: Path, lr: float = 1e-3) -> Path:
     return exp
 
 
-def page(exp: Path, others: tuple[Path, ...] = (), language: str = "en", layers: dict | None = None) -> str:
+def page(
+    exp: Path, others: tuple[Path, ...] = (), language: str = "en", layers: LayerQuality | None = None
+) -> str:
     unit = {"pretrained_on": True, "feature": "hubert", "layer": 6, "used": 9, **quality(0.5, 500)}
     mfcc = unit | {"feature": "mfcc", "layer": None} | quality(0.4)
     summary = {
@@ -62,15 +64,14 @@ def page(exp: Path, others: tuple[Path, ...] = (), language: str = "en", layers:
         "published": {"paper": {"test": 7.5}},
         "units": {"iter1": mfcc, "iter2": unit},
         "others": {other.name: {"units": {"iter1": mfcc}} for other in others},
-        "layers": layers or {},
         "corpus": {"hours": 2.0},
     }
     counts = UnitCounts({"iter1": np.ones(9, int)}, ["a", "b"], "corpus", {"iter1": np.eye(2, dtype=int)})
-    return render_page(PageData(name_experiments(exp, others), summary, counts, {}), language)
+    return render_page(PageData(name_experiments(exp, others), summary, counts, layers, {}), language)
 
 
-def layers(best: float) -> dict:
-    return {"frames": 900, "mfcc": [quality(0.4)], "iter1": [quality(0.1)] * 5 + [quality(best)]}
+def layers(best: float) -> LayerQuality:
+    return LayerQuality(900, quality(0.4), {"iter1": [quality(0.1)] * 5 + [quality(best)]})
 
 
 def test_strings_have_the_same_placeholders_in_both_languages():

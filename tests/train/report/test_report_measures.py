@@ -62,7 +62,7 @@ def summary(*names: str) -> dict:
         utterance = ScoredUtterance("u", "talk", "anna", reference, hypothesis, **texts)
         score = score_set(SetScore([utterance], measures_for(symbols)), Config(Path("decode"), samples=10))
         systems[name] = {"label": name, "hours": 1.0, "updates": 100, "scores": {"test": score}}
-    return {"systems": systems, "published": {"paper": {"test": 7.5}}, "units": {}, "layers": {}}
+    return {"systems": systems, "published": {"paper": {"test": 7.5}}, "units": {}}
 
 
 def text_table(summary: dict) -> dict[str, dict[str, str]]:
@@ -89,7 +89,7 @@ def html_tables(page: str) -> list[tuple[list[str], list[list[str]]]]:
 
 
 def results(summary: dict, language: str = "en") -> str:
-    page = html.PageData({"exp": Path("exp")}, summary, UnitCounts({}, [], "", {}), {})
+    page = html.PageData({"exp": Path("exp")}, summary, UnitCounts({}, [], "", {}), None, {})
     return html._results(page, Strings(language))
 
 
