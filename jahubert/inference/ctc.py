@@ -1,14 +1,14 @@
-"""CTC decoding: greedy search, prefix beam search and forced alignment.
+"""CTC decoding: greedy search, prefix beam search, forced alignment and grouping of labels into words.
 
-All three functions take plain tensors and are independent of the phoneme set. The searches never use frames
-beyond `n_frames_B`, so the result for a row does not depend on the batch.
+All functions take plain tensors or labels, and are independent of the phoneme set. The searches never use
+frames beyond `n_frames_B`, so the result for a row does not depend on the batch.
 
 Shapes: B rows, S frames, V symbols, K beam, C columns (V, or more with a lexicon), N = K * C candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -424,6 +424,26 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
         Span(label, start, end, float(logp[start:end, label].mean(dtype=np.float64)))
         for label, (start, end) in zip(labels, bounds, strict=True)
     ]
+
+
+def group_words(spans: Iterable[Span], boundary: int, *, split_symbols: bool) -> Iterator[list[Span]]:
+    """Group aligned labels into words at boundaries, dropping the boundaries and empty words.
+
+    Args:
+        spans: labels in the order of their frames.
+        boundary: index of the word boundary, negative if the vocabulary has none.
+        split_symbols: whether each symbol of a vocabulary without a word boundary is a word; otherwise, all
+            symbols are one word.
+    """
+    word: list[Span] = []
+    for span in spans:
+        if span.label != boundary:
+            word.append(span)
+        if word and (span.label == boundary or (split_symbols and boundary < 0)):
+            yield word
+            word = []
+    if word:
+        yield word
 
 
 def _viterbi(logp: np.ndarray, labels: list[int], blank: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import Calibration, confidence
-from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align
+from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, group_words
 from jahubert.inference.fusion import load_fusion
 from jahubert.inference.reading import read_ahead, run_batch
 from jahubert.inference.silero import check_silero
@@ -509,15 +509,11 @@ def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decode
 def words_of(
     spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration: Calibration | None = None
 ) -> Iterator[Word]:
-    """Group aligned labels into words at the boundary symbol."""
-    group: list[Span] = []
-    for span in spans:
-        if span.label != phonemes.boundary:
-            group.append(span)
-        elif group:
-            yield _word(group, phonemes, grid, calibration)
-            group = []
-    if group:
+    """Group aligned labels into words at the boundary symbol.
+
+    Without a boundary symbol, all labels are one word, because the text has no spaces.
+    """
+    for group in group_words(spans, phonemes.boundary, split_symbols=False):
         yield _word(group, phonemes, grid, calibration)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from jahubert.errors import DataError
-from jahubert.inference.ctc import Hypothesis, beam_search, forced_align, greedy
+from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy, group_words
 
 
 def random_logp(*shape: int, seed: int, sharpness: float = 1.0, dtype=torch.float32) -> torch.Tensor:
@@ -200,6 +200,26 @@ def test_alignment_is_the_most_probable_path(labels):
         score = sum(rows[t][in_label.get(t, 0)] for t in range(6))
         assert score == pytest.approx(max(fitting), abs=1e-9)
         assert [s.label for s in spans] == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "boundary", "split_symbols", "expected"),
+    [
+        ([2, 3, 1, 4], 1, True, [[2, 3], [4]]),
+        ([2, 3, 1, 4], 1, False, [[2, 3], [4]]),
+        ([1, 2, 1, 1, 3, 1], 1, True, [[2], [3]]),  # empty words are dropped
+        ([2, 1, 3], -1, True, [[2], [1], [3]]),
+        ([2, 1, 3], -1, False, [[2, 1, 3]]),
+        ([1], 1, True, []),
+        ([], -1, True, []),
+        ([], -1, False, []),
+    ],
+)
+def test_labels_are_grouped_into_words(labels, boundary, split_symbols, expected):
+    spans = [Span(label, frame, frame + 1, -0.5) for frame, label in enumerate(labels)]
+    words = list(group_words(spans, boundary, split_symbols=split_symbols))
+    assert [[span.label for span in word] for word in words] == expected
+    assert [span for word in words for span in word] == [span for span in spans if span.label != boundary]
 
 
 def test_alignment_needs_enough_frames():

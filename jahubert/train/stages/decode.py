@@ -33,7 +33,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.conditioning import prepare_speech
-from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy
+from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy, group_words
 from jahubert.inference.fusion import Fusion, load_fusion
 from jahubert.inference.vad import suppress_nonspeech
 from jahubert.model.heads import HubertForCtc
@@ -57,7 +57,7 @@ from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a frame of its phone
 
 
@@ -327,15 +327,9 @@ def _hypothesis_line(
 
 def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> list[list[float]]:
     """Return the mean log-probability of each label in its forced alignment, grouped by word."""
-    words: list[list[float]] = [[]]
-    for span in forced_align(logp_SV, labels, symbols.blank):
-        if span.label == symbols.boundary:
-            words.append([])
-        elif symbols.boundary < 0:
-            words.append([round(span.score, 4)])
-        else:
-            words[-1].append(round(span.score, 4))
-    return [word for word in words if word]
+    spans = forced_align(logp_SV, labels, symbols.blank)
+    words = group_words(spans, symbols.boundary, split_symbols=True)
+    return [[round(span.score, 4) for span in word] for word in words]
 
 
 def talk_of(utterance: Utterance) -> str:
@@ -360,20 +354,13 @@ def word_times(spans: Sequence[Span], symbols: PhonemeSet) -> list[tuple[str, in
 
     A word extends from the first to the last frame of its symbols.
     """
-    words: list[list[Span]] = [[]]
-    for span in spans:
-        if span.label == symbols.boundary:
-            words.append([])
-        else:
-            words[-1].append(span)
     return [
         (
             " ".join(symbols.symbols[span.label] for span in word),
             HUBERT.start(word[0].start),
             HUBERT.start(word[-1].end),
         )
-        for word in words
-        if word
+        for word in group_words(spans, symbols.boundary, split_symbols=True)
     ]
 
 

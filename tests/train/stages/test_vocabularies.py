@@ -17,6 +17,7 @@ from jahubert.cli import main as cli
 from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT
 from jahubert.inference.confidence import Calibration
+from jahubert.inference.ctc import Span
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import (
@@ -102,6 +103,16 @@ def test_aligned_words_contain_their_phones(trained):
             close += abs(start - planted[0].start) < 2400 and abs(end - planted[-1].end) < 2400
             n_words += 1
     assert close / n_words > 0.8
+
+
+def test_aligned_characters_are_words():
+    symbols = character_set("ab")
+    labels = symbols.encode([["a"], ["b"]])
+    spans = [Span(label, start, start + 2, -0.5) for label, start in zip(labels, (0, 5), strict=True)]
+    assert decode.word_times(spans, symbols) == [
+        ("a", HUBERT.start(0), HUBERT.start(2)),
+        ("b", HUBERT.start(5), HUBERT.start(7)),
+    ]
 
 
 # --- decode -----------------------------------------------------------------------------------------------
