@@ -113,24 +113,30 @@ def fit_lloyd(frames_ND: Frames, options: KmeansOptions) -> Fit:
         sample_ND = Subset(frames_ND, draw_rows(n_frames, options.lloyd_frames, rng))
     n_sample = len(sample_ND)
     order = rng.permutation(n_sample)  # each smaller sample is a prefix of this permutation
-    centroids_KD, size = coarse_centroids(sample_ND, order, options)
+    centroids_KD, first_size = coarse_centroids(sample_ND, order, options)
     # Processes may run on different CPUs, which can round differently.
     centroids_KD = distributed.rank0_broadcast(centroids_KD.cpu).to(device)
-    tol = options.tol
-    if size < n_sample:
-        tol = options.tol * _LAST_TOL
-        while (size := size * _GROWTH) * 2 < n_sample:
-            level_ND: Frames = Subset(sample_ND, np.sort(order[:size]))
-            if 4 * size * frames_ND.shape[1] <= _IN_MEMORY:
-                level_ND = load_frames(level_ND, device)
-            fit = lloyd(level_ND, centroids_KD, _COARSE_PASSES, options.tol, all_ranks=True)
-            centroids_KD = fit.statistics.means_KD
+    for size in sample_sizes(first_size, n_sample):
+        level_ND: Frames = Subset(sample_ND, np.sort(order[:size]))
+        if 4 * size * frames_ND.shape[1] <= _IN_MEMORY:
+            level_ND = load_frames(level_ND, device)
+        fit = lloyd(level_ND, centroids_KD, _COARSE_PASSES, options.tol, all_ranks=True)
+        centroids_KD = fit.statistics.means_KD
+    tol = options.tol * _LAST_TOL if first_size < n_sample else options.tol
     fit = lloyd(sample_ND, centroids_KD, options.max_iter, tol, all_ranks=True)
     if n_sample == n_frames:
         return fit
     centroids_KD = mini_batch_pass(frames_ND, fit.statistics, all_ranks=True)
     statistics = assign_pass(frames_ND, centroids_KD, all_ranks=True)
     return Fit(statistics, [statistics.inertia], fit.reseeded)
+
+
+def sample_sizes(first: int, n_frames: int) -> Iterator[int]:
+    """Yield the sizes of the samples between the first sample and all frames, both excluded."""
+    size = first * _GROWTH
+    while 2 * size < n_frames:
+        yield size
+        size *= _GROWTH
 
 
 def coarse_centroids(frames_ND: Frames, order: np.ndarray, options: KmeansOptions) -> tuple[Tensor, int]:

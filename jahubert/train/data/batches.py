@@ -260,8 +260,9 @@ class PretrainData:
         if micro.group is None:
             return None
         group = [self._draw(micro.epoch, row)[2] for row in micro.group]
-        masked, frames = (sum(map(count, group)) for count in (np.count_nonzero, len))
-        return masked * sum(map(len, masks)) / frames
+        n_masked = sum(int(mask_S.sum()) for mask_S in group)
+        n_frames = sum(len(mask_S) for mask_S in group)
+        return n_masked * sum(len(mask_S) for mask_S in masks) / n_frames
 
 
 class CtcData:

@@ -296,13 +296,15 @@ class _Reader(DataReader):
     def state_dict(self) -> dict[str, object]:
         # The Trainer does not save gradient norms. `recent` contains the norms since the last publication.
         window, recent = self.run.window, self.run.metric_bag.get("grad_norm", Mean)
-        norm, steps = window.norm + float(recent.weighted_sum), window.steps + int(recent.weights)
+        norm = window.norm + float(recent.weighted_sum)
+        steps = window.steps + int(recent.weights)
         return {**self.data_state.state_dict(), "norm": norm, "steps": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.data_state.load_state_dict(state_dict)
         if self.run.step % self.run.config.log_every:
-            self.run.window.norm, self.run.window.steps = state_dict["norm"], state_dict["steps"]
+            self.run.window.norm = state_dict["norm"]
+            self.run.window.steps = state_dict["steps"]
 
     @property
     def num_accumulate(self) -> int:
@@ -363,8 +365,9 @@ class _Unit(TrainUnit):
         metric_bag.add(SUMS, _Sums())
 
     def set_step_nr(self, step_nr: int) -> None:
-        """Prepare for step `step_nr`, counted from 1. The Trainer calls this again if it repeats the step."""
-        self.run.overflows += self.step == step_nr - 1
+        """Prepare for step `step_nr`, counted from 1."""
+        if self.step == step_nr - 1:
+            self.run.overflows += 1  # the Trainer repeats the step
         self.step = step_nr - 1
         self.run.validate(self.step)
         if self.step % self.run.config.log_every == 0:
@@ -403,11 +406,15 @@ class _Recorder(MetricRecorder):
     def record_metric_values(self, category: str, values: Any, step_nr: int | None = None) -> None:
         run, config = self.run, self.run.config
         assert step_nr is not None  # the Trainer always passes it
-        window, steps, run.step = run.window, step_nr - run.step, step_nr
-        window.norm, window.steps = window.norm + steps * float(values["grad_norm"]), window.steps + steps
+        window, steps = run.window, step_nr - run.step
+        run.step = step_nr
+        window.norm += steps * float(values["grad_norm"])
+        window.steps += steps
         if step_nr % config.log_every == 0 or step_nr == config.max_steps:
             window.sums = {name: float(value) for name, value in values[SUMS].items()}
-            window.steps, window.overflows, run.overflows = window.steps + run.overflows, run.overflows, 0
+            window.steps += run.overflows
+            window.overflows = run.overflows
+            run.overflows = 0
             run.metric_log.training(step_nr, *window.close())
         if self.unit.stopping:
             run.save_state()
