@@ -235,8 +235,16 @@ def test_file_that_cannot_be_read_ends_the_run(trees, tmp_path, monkeypatch, kin
         if not isinstance(file, int) and os.fspath(file) == str(path):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", lambda self: (check_access(self), read_bytes(self))[1])
-    monkeypatch.setattr("builtins.open", lambda *args, **kw: (check_access(args[0]), open_(*args, **kw))[1])
+    def checked_read_bytes(self):
+        check_access(self)
+        return read_bytes(self)
+
+    def checked_open(file, *args, **kwargs):
+        check_access(file)
+        return open_(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_bytes", checked_read_bytes)
+    monkeypatch.setattr("builtins.open", checked_open)
     with pytest.raises(ReadError, match=re.escape(path.name)):
         prepared(root)
 

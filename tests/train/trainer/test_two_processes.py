@@ -1,4 +1,4 @@
-"""Tests of stopping several processes together, and of choosing an engine without fairseq2.
+"""Tests of training with two processes, and of choosing an engine without fairseq2.
 
 The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLDER`.
 """
@@ -75,27 +75,34 @@ def test_checkpoints_of_another_engine_are_rejected(tmp_path):
         train_toy(tmp_path)
 
 
-def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    """Folder with the results of `main` in two processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with (tmp_path / "log").open("w") as log:
-        torchrun = subprocess.Popen(
-            [*command, __file__, str(tmp_path)], env=os.environ, stdout=log, stderr=log
-        )
+    with (folder / "log").open("w") as log:
+        torchrun = subprocess.Popen([*command, __file__, str(folder)], env=os.environ, stdout=log, stderr=log)
         try:
-            status = torchrun.wait(timeout=60)
+            status = torchrun.wait(timeout=180)
         except subprocess.TimeoutExpired:  # a hang fails the test
             torchrun.terminate()  # also ends its processes, which `kill` would leave running
-            status = torchrun.wait(timeout=60)
-    assert status == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "stopped" / "checkpoints" / "step_0000002").is_dir()
-    whole, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "stopped"))
+            status = torchrun.wait(timeout=180)
+    assert status == 0, (folder / "log").read_text()[-3000:]
+    return folder
+
+
+def test_signal_to_one_process_stops_all_at_the_same_step(shared_runs):
+    assert (shared_runs / "stopped" / "checkpoints" / "step_0000002").is_dir()
+    whole, stopped = (load_file(shared_runs / f"{name}.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    # The second process has no utterance, so it must not change the result.
-    alone, shared = train_on_one_row(tmp_path / "alone"), load_file(tmp_path / "shared.safetensors")
+
+
+def test_process_without_an_utterance_does_not_change_the_result(shared_runs, tmp_path):
+    alone, shared = train_on_one_row(tmp_path), load_file(shared_runs / "shared.safetensors")
     assert all(torch.allclose(alone[name], shared[name], rtol=1e-6) for name in alone)
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
-        for run in ("alone", "shared")
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+        for folder in (tmp_path, shared_runs / "shared")
     ]
     assert len(losses[0]) == CONFIG.max_steps and losses[0] == pytest.approx(losses[1])
 
