@@ -104,6 +104,7 @@ def transcribe(args: argparse.Namespace) -> int:
         beam=args.beam,
         device=args.device,
         vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
+        conditioning=not args.no_conditioning,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         **fusion_options(args),
     )
@@ -488,6 +489,10 @@ def audio_commands(command: Command) -> None:
         help="voice activity detection; silero is a neural network for noisy recordings (extra vad required)",
     )  # fmt: skip
     sub.add_argument("--no-vad", dest="vad", action="store_const", const="off", help="same as --vad off")
+    sub.add_argument(
+        "--no-conditioning", action="store_true",
+        help="do not remove DC offset and hum, and do not normalize the level of speech",
+    )  # fmt: skip
     dtype(sub, "auto", "int8")
 
     sub = command(features, "write features from encoder layers as float32 arrays (frames, dim)")

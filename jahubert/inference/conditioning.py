@@ -9,6 +9,7 @@ voices.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,25 +33,36 @@ _LONG = 4.0  # seconds; from this length on, the amplitude and phase of the hum 
 _TINY = 1e-12
 
 
-def prepare_speech(wav_T: Tensor, grid: FrameGrid, silero: bool = False) -> tuple[Tensor, Tensor]:
+def prepare_speech(
+    wav_T: Tensor, grid: FrameGrid, vad: bool | Literal["silero"] = True, conditioning: bool = True
+) -> tuple[Tensor, Tensor]:
     """Prepare a 16 kHz waveform (T,) for recognition: detect speech and condition the audio.
+
+    The level is measured in detected speech. Audio without detected speech is not conditioned, but with
+    vad=False, it is all assumed to be speech.
 
     Args:
         wav_T: 16 kHz waveform.
         grid: mapping between frames and samples.
-        silero: whether to keep only the speech that silero-vad also detects.
+        vad: whether to select frames with speech. "silero" selects only those that silero-vad also detects,
+            and False selects all frames.
+        conditioning: whether to condition the audio (see `condition`).
 
     Returns:
-        The conditioned waveform (T,) and the mask (S,) of the frames with speech.
+        The waveform (T,), conditioned if requested, and the mask (S,) of the selected frames.
     """
-    if not int(grid.n_frames(len(wav_T))):
-        return wav_T, speech_frames(wav_T, grid)
+    n_frames = int(grid.n_frames(len(wav_T)))
+    all_S = torch.ones(n_frames, dtype=torch.bool, device=wav_T.device)
+    if not n_frames or not (vad or conditioning):
+        return wav_T, all_S
     power_SK = power_spectrum(wav_T, grid)
     speech_S = speech_frames(wav_T, grid, power_SK)
-    conditioned_T = condition(wav_T, speech_S, grid, power_SK)
-    if silero and speech_S.any():
+    if not vad and not speech_S.any():
+        speech_S = all_S
+    conditioned_T = condition(wav_T, speech_S, grid, power_SK) if conditioning or vad == "silero" else wav_T
+    if vad == "silero" and speech_S.any():
         speech_S = speech_S & silero_speech_frames(conditioned_T, grid)
-    return conditioned_T, speech_S
+    return conditioned_T if conditioning else wav_T, speech_S if vad else all_S
 
 
 def condition(wav_T: Tensor, speech_S: Tensor, grid: FrameGrid, power_SK: Tensor | None = None) -> Tensor:

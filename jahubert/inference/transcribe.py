@@ -172,9 +172,10 @@ class Transcriber:
         phonemes: symbols of the head.
         beam: width of the beam search.
         device: device of the model (default: a GPU if available).
-        vad: whether to detect speech, suppress phones outside speech, remove DC offset and hum, and normalize
-            the level (`conditioning.prepare_speech`). "silero" keeps only the speech that silero-vad also
-            detects (extra `vad`). False leaves the audio unchanged.
+        vad: whether to detect speech and suppress phones outside speech. "silero" keeps only the speech that
+            silero-vad also detects (extra `vad`).
+        conditioning: whether to remove DC offset and hum and normalize the level of speech
+            (`conditioning.prepare_speech`).
         dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16 if
             the hardware supports it, otherwise float32.
         lm: path of an ARPA file with an n-gram model over the symbols, or over the words in `lexicon` if
@@ -201,6 +202,7 @@ class Transcriber:
         beam: int = 20,
         device: str | torch.device | None = None,
         vad: bool | Literal["silero"] = True,
+        conditioning: bool = True,
         dtype: torch.dtype | None = None,
         lm: str | os.PathLike[str] | None = None,
         lexicon: str | os.PathLike[str] | None = None,
@@ -242,6 +244,7 @@ class Transcriber:
         self.phonemes = phonemes
         self.beam = beam
         self.vad = vad
+        self.conditioning = conditioning
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> Transcriber:
@@ -431,9 +434,7 @@ class Transcriber:
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """Return log-probabilities with phones suppressed outside speech, and whether there is any speech."""
-        if not self.vad:
-            return self.log_probs(wavs), [True] * len(wavs)
-        prepared = [prepare_speech(wav_T, self.grid, self.vad == "silero") for wav_T in wavs]
+        prepared = [prepare_speech(wav_T, self.grid, self.vad, self.conditioning) for wav_T in wavs]
         logps = self.log_probs([wav_T for wav_T, _ in prepared])
         gated = [
             suppress_nonspeech(logp_SV, speech_S, self.phonemes)

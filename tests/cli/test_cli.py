@@ -294,6 +294,15 @@ def test_noise_gives_no_text_unless_vad_is_disabled(bundle, folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_conditioning_can_be_disabled(bundle, folder, capsys):
+    soundfile.write("quiet.wav", 0.01 * syllables(2.0).numpy() + 0.1, 16_000)
+    scores = []
+    for options in ([], ["--no-conditioning"]):
+        assert main(["transcribe", "--model", bundle, "-f", "json", "quiet.wav", *options]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["score"])
+    assert scores[0] != scores[1]
+
+
 def test_phonemes_option_prints_phonemes(bundle, folder, capsys):
     assert main(["transcribe", "--model", bundle, "--phonemes", "data/a.wav"]) == 0
     expected = jahubert.Transcriber.from_pretrained(bundle).transcribe("data/a.wav").phonemes

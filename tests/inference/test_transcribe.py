@@ -54,7 +54,8 @@ def ctc() -> HubertForCtc:
 
 @pytest.fixture(scope="module")
 def random_asr(ctc) -> Transcriber:
-    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False)  # the test audio is noise
+    # The test audio is noise.
+    return Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False, conditioning=False)
 
 
 class Planted(Transcriber):
@@ -62,7 +63,7 @@ class Planted(Transcriber):
 
     def __init__(self):
         model = HubertForCtc(TINY, len(PHONEMES))
-        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False)
+        super().__init__(model, PHONEMES, beam=4, device="cpu", vad=False, conditioning=False)
 
     def log_probs(self, wavs):
         logps = []
@@ -338,7 +339,9 @@ def test_from_pretrained_opens_ctc_bundles_only(ctc, random_asr, tmp_path):
     save_bundle(tmp_path / "plain", model=HubertModel(TINY))
     wav = torch.randn(20_000) * 0.1
     assert_same(
-        Transcriber.from_pretrained(tmp_path / "ctc", beam=5, device="cpu", vad=False).transcribe(wav),
+        Transcriber.from_pretrained(
+            tmp_path / "ctc", beam=5, device="cpu", vad=False, conditioning=False
+        ).transcribe(wav),
         random_asr.transcribe(wav),
     )
     with pytest.raises(CheckpointError, match="no CTC head"):
@@ -359,7 +362,9 @@ def test_lexicon_writes_kanji(ctc, tmp_path):
     class PlantedWords(Planted):
         def __init__(self, **options):
             model = HubertForCtc(TINY, len(PHONEMES))
-            Transcriber.__init__(self, model, PHONEMES, beam=8, device="cpu", vad=False, **options)
+            Transcriber.__init__(
+                self, model, PHONEMES, beam=8, device="cpu", vad=False, conditioning=False, **options
+            )
 
     wav = speech("- a s a | w a | a m e -")
     with_lexicon = PlantedWords(lexicon=lexicon, lm=text).transcribe(wav)
@@ -394,8 +399,10 @@ def test_ngram_of_the_model_is_used_unless_another_is_given(with_ngram, tmp_path
 
 
 def test_ngram_changes_the_transcript(ctc, with_ngram):
-    fused = Transcriber.from_pretrained(with_ngram, device="cpu", vad=False, lm_weight=30.0)
-    plain = Transcriber.from_pretrained(with_ngram, device="cpu", vad=False, lm=None)
+    fused = Transcriber.from_pretrained(
+        with_ngram, device="cpu", vad=False, conditioning=False, lm_weight=30.0
+    )
+    plain = Transcriber.from_pretrained(with_ngram, device="cpu", vad=False, conditioning=False, lm=None)
     audio = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
     assert fused.transcribe(audio).phonemes != plain.transcribe(audio).phonemes
 

@@ -131,12 +131,29 @@ def test_transcripts_of_real_speech_do_not_change(shared_data, name):
     assert error_rate(expected, distorted).rate <= 0.05
 
 
+@pytest.mark.parametrize("conditioning", [True, False])
+def test_without_vad_all_frames_are_selected_and_the_audio_is_the_same(conditioning):
+    wav_T = 0.01 * syllables(2.0) + 0.1
+    expected_T, speech_S = prepare_speech(wav_T, HUBERT, conditioning=conditioning)
+    prepared_T, all_S = prepare_speech(wav_T, HUBERT, vad=False, conditioning=conditioning)
+    assert torch.equal(prepared_T, expected_T) and torch.equal(prepared_T, wav_T) == (not conditioning)
+    assert all_S.all() and len(all_S) == len(speech_S)
+
+
+def test_without_vad_audio_without_detected_speech_is_conditioned():
+    wav_T = 0.01 * nonspeech("key clicks", 3.0) + 0.1
+    unchanged_T, speech_S = prepare_speech(wav_T, HUBERT)
+    assert torch.equal(unchanged_T, wav_T) and not speech_S.any()
+    conditioned_T, all_S = prepare_speech(wav_T, HUBERT, vad=False)
+    assert abs(float(conditioned_T.mean())) < 0.01 and conditioned_T.std() > 10 * wav_T.std() and all_S.all()
+
+
 def test_silero_keeps_only_the_speech_that_it_detects(shared_data):
     pytest.importorskip("silero_vad", reason="needs the extra vad")
     n_threads = torch.get_num_threads()
     wav_T = jahubert.load_audio(sorted((shared_data / "sentences").glob("*.wav"))[0])
     _, builtin_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT)
-    conditioned_T, speech_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT, silero=True)
+    conditioned_T, speech_S = prepare_speech(0.01 * wav_T + 0.1, HUBERT, "silero")
     level_S = conditioned_T.unfold(0, 400, 320).square().mean(1)
     assert speech_S[level_S > 0.01 * level_S.max()].float().mean() > 0.95
     assert not (speech_S & ~builtin_S).any() and torch.get_num_threads() == n_threads

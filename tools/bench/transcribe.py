@@ -94,7 +94,9 @@ def cost(source: Path, exp: Path, splits: list[str], device: str) -> None:
     """Print the PER and the speed on splits of an experiment for every precision."""
     manifest, targets = Manifest(exp / "prepare" / "manifest.arrow"), TargetStore(exp / "targets")
     for dtype in dtypes(device):
-        asr = jahubert.Transcriber.from_pretrained(source, device=device, vad=False, dtype=dtype, lm=None)
+        asr = jahubert.Transcriber.from_pretrained(
+            source, device=device, vad=False, conditioning=False, dtype=dtype, lm=None
+        )
         for split in splits:
             rows = [int(row) for row in manifest.indices(split=split)]
             started = time.perf_counter()

@@ -52,7 +52,7 @@ def phones(transcript: jahubert.Transcript) -> list[str]:
 
 def detected(asr: jahubert.Transcriber, wav_T: Tensor, original_T: Tensor) -> float:
     """Return the fraction of loud frames (within 20 dB of the loudest) that are detected as speech."""
-    _, speech_S = prepare_speech(wav_T, asr.grid, asr.vad == "silero")
+    _, speech_S = prepare_speech(wav_T, asr.grid, asr.vad)
     level_S = original_T.unfold(0, asr.grid.window, asr.grid.hop).square().mean(1)[: len(speech_S)]
     return float(speech_S[level_S > 0.01 * level_S.max()].float().mean())
 
@@ -90,7 +90,7 @@ def main() -> None:
             minimum = 100 * min(shares)
             print(f"  {name:18} PER {rate:5.1f} %   empty {empty:2}   detected {minimum:5.1f} % (least)")
     for kind in SOUNDS:
-        _, speech_S = prepare_speech(nonspeech(kind, 10.0), asr.grid, args.silero)
+        _, speech_S = prepare_speech(nonspeech(kind, 10.0), asr.grid, asr.vad)
         share = float(speech_S.float().mean())
         print(f"{kind:28} {100 * share:5.1f} % of the frames detected as speech")
     wav_T = torch.cat(wavs)[: 30 * SAMPLE_RATE]
@@ -105,7 +105,7 @@ def main() -> None:
     conditioning = (time.perf_counter() - started) / 5
     started = time.perf_counter()
     for _ in range(5):
-        prepare_speech(wav_T, asr.grid, args.silero)
+        prepare_speech(wav_T, asr.grid, asr.vad)
     both = (time.perf_counter() - started) / 5
     duration = len(wav_T) / SAMPLE_RATE
     print(

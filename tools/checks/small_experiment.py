@@ -171,7 +171,8 @@ def commands(exp: Path, out: Path) -> dict[str, list[str]]:
     asr, units = exp / "systems" / "main" / "finetune" / "bundle", exp / "iter2" / "label" / "bundle"
     pretrained, corpus, ngram = exp / "iter1" / "pretrain" / "bundle", exp / "prepare", out / "model"
     texts, table = out / "texts.txt", out / "table.csv"
-    transcribe = ["transcribe", *audio, "--no-vad", "-f", "all", "-o", "OUT"]
+    unchanged = ["--no-vad", "--no-conditioning"]
+    transcribe = ["transcribe", *audio, *unchanged, "-f", "all", "-o", "OUT"]
     words = ["--lexicon", exp / "words.txt", "--lm", exp / "words.arpa.gz", "--word-bonus", "20"]
     lines: dict[str, list[object]] = {
         "features folder": ["features", *audio, "--model", asr, "-o", "OUT"],
@@ -179,7 +180,7 @@ def commands(exp: Path, out: Path) -> dict[str, list[str]]:
         "features chunked": ["features", *audio, "--model", asr, "--chunk", "8", "-o", "OUT"],
         "units folder": ["units", *audio, "--model", units, "-o", "OUT"],
         "transcribe all formats": [*transcribe, "--model", asr],
-        "transcribe file": ["transcribe", audio[0], "--model", asr, "-o", "OUT/0.srt", "--no-vad"],
+        "transcribe file": ["transcribe", audio[0], "--model", asr, "-o", "OUT/0.srt", *unchanged],
         "transcribe n-gram": [*transcribe, "--model", ngram],
         "transcribe lexicon": [*transcribe, "--model", asr, *words],
         "ngram": ["ngram", texts, "-o", "OUT/words.arpa.gz", "--lexicon", "OUT/words.txt"],

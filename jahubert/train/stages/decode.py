@@ -78,9 +78,8 @@ class Config:
     tune_splits: tuple[str, ...] = split_field(())  # splits on which to choose lm_weight and word_bonus
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
     tune_word_bonuses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # values of word_bonus to try
-    # Whether to remove DC offset and hum, normalize the level, and (except for alignment) suppress symbols
-    # outside speech.
-    vad: bool = True
+    vad: bool = True  # whether to detect speech and, except for alignment, suppress symbols outside speech
+    conditioning: bool = True  # whether to remove DC offset and hum and normalize the level of speech
     device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Maximum seconds of audio per batch, including padding. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
@@ -239,8 +238,8 @@ def log_probabilities(
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
     """Yield (rows, log-probabilities (B, S, V), frame counts (B,)) for each batch of this process.
 
-    With `config.vad`, the audio is prepared as in `Transcriber`. With `suppress`, which requires
-    `config.vad`, phones outside speech are suppressed as well.
+    The audio is conditioned as in `Transcriber` if configured. With `suppress`, which requires `config.vad`,
+    phones outside speech are suppressed as well.
     """
     seconds = manifest.n_samples[rows] / SAMPLE_RATE
     is_long = seconds > config.batch_seconds
@@ -269,10 +268,12 @@ def log_probabilities(
         """Load a batch as padded waveforms, their lengths, and the speech mask of each waveform."""
         data, micro = item
         batch = data.load(micro)
-        if not config.vad:
+        if not config.vad and not config.conditioning:
             return batch.wav_BT, batch.n_samples_B, []
         wavs = [wav_T[:n] for wav_T, n in zip(batch.wav_BT, batch.n_samples_B.tolist(), strict=True)]
-        prepared = [prepare_speech(wav_T, model.config.grid) for wav_T in wavs]
+        prepared = [
+            prepare_speech(wav_T, model.config.grid, config.vad, config.conditioning) for wav_T in wavs
+        ]
         return pad([wav_T for wav_T, _ in prepared]), batch.n_samples_B, [mask for _, mask in prepared]
 
     with torch.inference_mode(), progress(description, "utterances", n_rows) as done:

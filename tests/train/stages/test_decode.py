@@ -61,13 +61,16 @@ def corpus(tmp_path) -> dict[str, Path]:
     return {"manifest": tmp_path / "manifest.arrow", "targets": tmp_path / "targets"}
 
 
-@pytest.mark.parametrize("vad", [True, False])
-def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad):
+@pytest.mark.parametrize(
+    ("vad", "conditioning"), [(True, True), (False, True), (True, False), (False, False)]
+)
+def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad, conditioning):
     """The recordings include some with DC offset, hum and low level, and one without speech."""
     (tmp_path / "out").mkdir()
-    config = decode.Config(**corpus, model=recognizer, splits=("test",), beam=5, device="cpu", vad=vad)
+    options = {"beam": 5, "device": "cpu", "vad": vad, "conditioning": conditioning}
+    config = decode.Config(**corpus, model=recognizer, splits=("test",), **options)
     decode.run(config, tmp_path / "out")
-    asr = jahubert.Transcriber.from_pretrained(recognizer, beam=5, device="cpu", dtype=torch.float32, vad=vad)
+    asr = jahubert.Transcriber.from_pretrained(recognizer, dtype=torch.float32, **options)
     lines = (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(recordings())
     for line in map(json.loads, lines):

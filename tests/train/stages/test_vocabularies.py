@@ -122,8 +122,10 @@ def decoded(exp: Path, out: Path, **settings) -> list[dict]:
     out.mkdir()
     paths = {"manifest": exp / "prepare/manifest.arrow", "targets": exp / "targets"}
     model = exp / "systems/pretrained/finetune"
-    # Voice activity detection is disabled, because the recordings contain tones instead of speech.
-    config = decode.Config(**paths, model=model, splits=("test",), device="cpu", vad=False)
+    # Detection and conditioning of speech are disabled, because the recordings contain tones instead.
+    config = decode.Config(
+        **paths, model=model, splits=("test",), device="cpu", vad=False, conditioning=False
+    )
     decode.run(replace(config, **settings), out)
     return sorted(hypotheses(out), key=lambda line: line["id"])
 
