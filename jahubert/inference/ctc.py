@@ -159,13 +159,13 @@ class _Beam:
     key: Tensor  # 63-bit hash that identifies the prefix
     parent: Tensor  # key of the prefix without its last label
     lm: Tensor | None = None  # with fusion: score of the prefix, relative to the row's best prefix
-    state: Tensor | None = None  # with fusion: row in the `RowCache`
+    cache_row: Tensor | None = None  # with fusion: row in the `RowCache`
 
     def first(self, n_rows: int) -> _Beam:
         lm = None if self.lm is None else self.lm[:n_rows]
-        state = None if self.state is None else self.state[:n_rows]
+        cache_row = None if self.cache_row is None else self.cache_row[:n_rows]
         blank, label, last = self.blank[:n_rows], self.label[:n_rows], self.last[:n_rows]
-        return _Beam(blank, label, last, self.key[:n_rows], self.parent[:n_rows], lm, state)
+        return _Beam(blank, label, last, self.key[:n_rows], self.parent[:n_rows], lm, cache_row)
 
 
 # Keys of an unused slot and of its parent. Keys of prefixes are never negative.
@@ -190,13 +190,13 @@ def _search(
 ) -> list[list[Hypothesis]]:
     """Run the beam search on rows that are sorted by descending length."""
     _, n_rows, n_columns = logp_SBV.shape
-    state = _empty_beam(logp_SBV, beam, blank)
+    prefixes = _empty_beam(logp_SBV, beam, blank)
     cache = None
     if fusion is not None:
         cache = fusion.cache(logp_SBV.device, logp_SBV.dtype)
         n_columns = cache.n_columns
-        state.lm = torch.zeros_like(state.blank)
-        state.state = cache.start(n_rows, beam)
+        prefixes.lm = torch.zeros_like(prefixes.blank)
+        prefixes.cache_row = cache.start(n_rows, beam)
     hash_C = torch.tensor(_hash_constants(n_columns), device=logp_SBV.device)
     slot_K = torch.arange(1, beam + 1, device=logp_SBV.device)
     history = _History()
@@ -204,15 +204,15 @@ def _search(
     for frame in range(counts[0] + 1):
         while n_active and counts[n_active - 1] == frame:
             n_active -= 1
-            _end_row(state, n_active, n_best, cache, history)
+            _end_row(prefixes, n_active, n_best, cache, history)
         if not n_active:
             break
-        if n_active < state.last.shape[0]:
-            state = state.first(n_active)
+        if n_active < prefixes.last.shape[0]:
+            prefixes = prefixes.first(n_active)
         logp_BC = logp_SBV[frame, :n_active]
         if cache is not None and n_columns > logp_SBV.shape[2]:
             logp_BC = logp_BC[:, cache.symbol_C]
-        state = _step(state, logp_BC, hash_C, slot_K, blank, cache, history)
+        prefixes = _step(prefixes, logp_BC, hash_C, slot_K, blank, cache, history)
     return _backtrace(history, counts, n_columns, n_best, blank, fusion)
 
 
@@ -240,7 +240,7 @@ def _empty_beam(logp_SBV: Tensor, beam: int, blank: int) -> _Beam:
 
 
 def _step(
-    state: _Beam,
+    prefixes: _Beam,
     logp_BC: Tensor,
     hash_C: Tensor,
     slot_K: Tensor,
@@ -254,43 +254,43 @@ def _step(
     blank. Without a lexicon, columns are labels.
     """
     n_rows, n_columns = logp_BC.shape
-    total_BK = torch.logaddexp(state.blank, state.label)
-    repeat_BK = logp_BC.gather(1, state.last)
+    total_BK = torch.logaddexp(prefixes.blank, prefixes.label)
+    repeat_BK = logp_BC.gather(1, prefixes.last)
     candidate_BKC = total_BK[:, :, None] + logp_BC[:, None, :]
     # A repeated label is a new label only after a blank.
-    candidate_BKC.scatter_(2, state.last[:, :, None], (state.blank + repeat_BK)[:, :, None])
+    candidate_BKC.scatter_(2, prefixes.last[:, :, None], (prefixes.blank + repeat_BK)[:, :, None])
     flat_BN = candidate_BKC.view(n_rows, -1)
 
     # If prefix k plus a label equals prefix j in the beam, the probability of the candidate is moved to j. A
     # slot without a parent in the beam points to some candidate of slot 0, which must not change; therefore,
     # scatter_add_ (of 0) is used instead of scatter_. The parent is found with a sum instead of a maximum,
     # because max over a dimension wakes up the thread pool in every frame.
-    is_parent_BKK = state.parent[:, :, None] == state.key[:, None, :]
+    is_parent_BKK = prefixes.parent[:, :, None] == prefixes.key[:, None, :]
     parent_slot_BK = (is_parent_BKK * slot_K).sum(-1)
     has_parent_BK = parent_slot_BK > 0
-    duplicate_BK = (parent_slot_BK - 1).clamp_(min=0) * n_columns + state.last
+    duplicate_BK = (parent_slot_BK - 1).clamp_(min=0) * n_columns + prefixes.last
     drop_BK = torch.where(has_parent_BK, _LOG_ZERO, 0.0).to(logp_BC.dtype)
     gained_BK = flat_BN.gather(1, duplicate_BK).masked_fill_(~has_parent_BK, _LOG_ZERO)
     flat_BN.scatter_add_(1, duplicate_BK, drop_BK)
-    stay_label_BK = torch.logaddexp(state.label + repeat_BK, gained_BK)
+    stay_label_BK = torch.logaddexp(prefixes.label + repeat_BK, gained_BK)
     stay_blank_BK = candidate_BKC[:, :, blank] = total_BK + logp_BC[:, blank, None]
     candidate_BKC[:, :, blank] = torch.logaddexp(stay_blank_BK, stay_label_BK)
 
     lm_BN = None
     if cache is None:
-        score_BK, chosen_BK = flat_BN.topk(state.last.shape[1], dim=1)
+        score_BK, chosen_BK = flat_BN.topk(prefixes.last.shape[1], dim=1)
         dead_BK = score_BK == _LOG_ZERO
     else:
-        assert state.lm is not None and state.state is not None
-        state.state = cache.evict_if_full(state.state)
-        lm_BN = (state.lm[:, :, None] + cache.score_RC[state.state]).view(n_rows, -1)
-        rank_BK, chosen_BK = (flat_BN + lm_BN).topk(state.last.shape[1], dim=1)
+        assert prefixes.lm is not None and prefixes.cache_row is not None
+        prefixes.cache_row = cache.evict_if_full(prefixes.cache_row)
+        lm_BN = (prefixes.lm[:, :, None] + cache.score_RC[prefixes.cache_row]).view(n_rows, -1)
+        rank_BK, chosen_BK = (flat_BN + lm_BN).topk(prefixes.last.shape[1], dim=1)
         dead_BK = rank_BK == _LOG_ZERO
         score_BK = flat_BN.gather(1, chosen_BK).masked_fill_(dead_BK, _LOG_ZERO)
     source_BK = torch.div(chosen_BK, n_columns, rounding_mode="floor")
     column_BK = chosen_BK - source_BK * n_columns
     stays_BK = column_BK == blank
-    key_BK = state.key.gather(1, source_BK)
+    key_BK = prefixes.key.gather(1, source_BK)
     grown_BK = (key_BK ^ (key_BK >> 29)) * 0x2545F4914F6CDD1D + hash_C[column_BK]
     # Scores are relative to the best score, so that long recordings lose no precision.
     best_B1 = score_BK[:, :1].clamp(min=-3e38)
@@ -298,33 +298,33 @@ def _step(
     advanced = _Beam(
         torch.where(stays_BK, stay_blank_BK.gather(1, source_BK), _LOG_ZERO) - best_B1,
         torch.where(stays_BK, stay_label_BK.gather(1, source_BK), score_BK) - best_B1,
-        torch.where(stays_BK, state.last.gather(1, source_BK), column_BK),
+        torch.where(stays_BK, prefixes.last.gather(1, source_BK), column_BK),
         torch.where(stays_BK, key_BK, grown_BK & _KEY_MASK).masked_fill_(dead_BK, _NO_KEY),
-        torch.where(stays_BK, state.parent.gather(1, source_BK), key_BK).masked_fill_(dead_BK, _NO_PARENT),
+        torch.where(stays_BK, prefixes.parent.gather(1, source_BK), key_BK).masked_fill_(dead_BK, _NO_PARENT),
     )
     if cache is not None:
-        assert lm_BN is not None and state.state is not None
-        source_state_BK = state.state.gather(1, source_BK)
+        assert lm_BN is not None and prefixes.cache_row is not None
+        source_row_BK = prefixes.cache_row.gather(1, source_BK)
         lm_BK = lm_BN.gather(1, chosen_BK).masked_fill_(dead_BK, 0.0)
         advanced.lm = lm_BK - lm_BK[:, :1]
-        advanced.state = cache.advance(source_state_BK, column_BK)
+        advanced.cache_row = cache.advance(source_row_BK, column_BK)
         shift_B = shift_B + lm_BK[:, 0]
         if cache.fusion.words:
-            history.words.append(cache.word_RC[source_state_BK, column_BK])
+            history.words.append(cache.word_RC[source_row_BK, column_BK])
     history.chosen.append(chosen_BK)
     history.shifts.append(shift_B)
     return advanced
 
 
-def _end_row(state: _Beam, row: int, n_best: int, cache: RowCache | None, history: _History) -> None:
+def _end_row(prefixes: _Beam, row: int, n_best: int, cache: RowCache | None, history: _History) -> None:
     """Rank the prefixes of a row that has no more frames."""
-    score_K = torch.logaddexp(state.blank[row], state.label[row])
+    score_K = torch.logaddexp(prefixes.blank[row], prefixes.label[row])
     slot_K = torch.arange(len(score_K), device=score_K.device)
     if cache is not None:
-        assert state.lm is not None and state.state is not None
-        score_K = score_K + state.lm[row]
-        final_K = score_K + cache.final_R[state.state[row]]
-        word_K = cache.final_word_R[state.state[row]]
+        assert prefixes.lm is not None and prefixes.cache_row is not None
+        score_K = score_K + prefixes.lm[row]
+        final_K = score_K + cache.final_R[prefixes.cache_row[row]]
+        word_K = cache.final_word_R[prefixes.cache_row[row]]
         if bool((final_K > _LOG_ZERO).any()):
             score_K, slot_K = final_K.sort(descending=True, stable=True)
             history.last_words[row] = word_K[slot_K[:n_best]]

@@ -5,7 +5,8 @@ state of every possible continuation. Rows are computed in batches when the sear
 and are then cached, so that the search only indexes a table at each frame.
 
 Shapes: R rows (states), C columns. Column v is symbol v. With a lexicon, additional columns are alternatives
-to the word boundary that complete other words with the same symbols.
+to the word boundary that complete other words with the same symbols. A arcs and E word ends of the prefix
+tree, W words, N cells of the rows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from jahubert.lm.ngram import NGram, concatenate_ranges
 from jahubert.phonemes import BLANK, PhonemeSet
 
 log = logging.getLogger(__name__)
+
+DEFAULT_LM_WEIGHT = 0.5
 
 # Number of cells (rows x columns) in a full cache. A cell takes 16 bytes on the device and 8 on the host.
 MAX_CACHED = 1 << 24
@@ -115,7 +118,7 @@ class SymbolFusion(Fusion):
         DataError: the symbols of the head have less than half of the model's unigram probability.
     """
 
-    def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float = 1.0, word_bonus: float = 0.0):
+    def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float, word_bonus: float = 0.0):
         super().__init__(lm_weight, word_bonus)
         self.model = model
         self.symbols = symbols
@@ -230,9 +233,7 @@ class LexiconFusion(Fusion):
         DataError: the n-gram contains none of the words.
     """
 
-    def __init__(
-        self, lexicon: Lexicon, model: NGram | None, lm_weight: float = 1.0, word_bonus: float = 0.0
-    ):
+    def __init__(self, lexicon: Lexicon, model: NGram | None, lm_weight: float, word_bonus: float = 0.0):
         super().__init__(lm_weight, word_bonus)
         self.lexicon = lexicon
         self.model = model
@@ -242,8 +243,8 @@ class LexiconFusion(Fusion):
         self.symbol_C = np.concatenate(
             [np.arange(len(symbols)), np.full(lexicon.max_homophones - 1, symbols.boundary)]
         )
-        self.n_states = 1 if model is None else model.n_states
-        self.start = _BEGIN * self.n_states + (0 if model is None else model.start_state)
+        self.n_states = 1 if model is None else model.n_states  # states of the language model
+        self.start = self._states(_BEGIN, 0 if model is None else model.start_state)
         if model is None:
             unigram_W = np.zeros(len(self.words))
         else:
@@ -261,49 +262,76 @@ class LexiconFusion(Fusion):
         return LexiconFusion(self.lexicon, self.model, lm_weight, word_bonus)
 
     def expand(self, state_R: np.ndarray) -> Rows:
+        node_R, lm_R = self._split_states(state_R)
+        n_rows, n_columns = len(state_R), len(self.symbol_C)
+        rows = Rows(
+            score_RC=np.full((n_rows, n_columns), -np.inf, np.float32),
+            next_RC=np.repeat(state_R[:, None], n_columns, 1),
+            word_RC=np.full((n_rows, n_columns), -1, np.int32),
+            final_R=np.full(n_rows, -np.inf),
+            final_word_R=np.full(n_rows, -1),
+        )
+        rows.score_RC[:, self.blank] = 0.0
+        self._add_symbols(rows, node_R, lm_R)
+        self._add_word_gaps(rows, node_R, lm_R)
+        self._add_word_ends(rows, node_R, lm_R)
+        return rows
+
+    def _add_symbols(self, rows: Rows, node_R: np.ndarray, lm_R: np.ndarray) -> None:
+        """Add the symbols that start or continue a word, one for each arc of the prefix tree.
+
+        The score is the change of the look-ahead. The state of the language model remains the same.
+        """
         lexicon = self.lexicon
-        n_symbols, boundary = len(lexicon.symbols), lexicon.symbols.boundary
-        node_R, lm_R = np.divmod(state_R, self.n_states)
-        shape = (len(state_R), len(self.symbol_C))
-        score_RC = np.full(shape, -np.inf, np.float32)
-        next_RC = np.repeat(state_R[:, None], shape[1], 1)
-        word_RC = np.full(shape, -1, np.int32)
-        final_R = np.full(shape[0], -np.inf)
-        final_word_R = np.full(shape[0], -1)
-        score_RC[:, lexicon.symbols.blank] = 0.0
-
-        tree_R = np.maximum(node_R, _ROOT)
+        tree_R = np.maximum(node_R, _ROOT)  # words at the start of the utterance start at the root as well
         first_R, last_R = lexicon.first_arc[tree_R], lexicon.first_arc[tree_R + 1]
-        arc = concatenate_ranges(first_R, last_R)
-        row = np.repeat(np.arange(shape[0]), last_R - first_R)
-        symbol, child = lexicon.arc_A[arc] % n_symbols, lexicon.child_A[arc]
-        score_RC[row, symbol] = self.look_ahead[child] - self.look_ahead[node_R[row]]
-        next_RC[row, symbol] = child * self.n_states + lm_R[row]
+        arc_N = concatenate_ranges(first_R, last_R)
+        row_N = np.repeat(np.arange(len(node_R)), last_R - first_R)
+        symbol_N, child_N = lexicon.arc_A[arc_N] % len(lexicon.symbols), lexicon.child_A[arc_N]
+        rows.score_RC[row_N, symbol_N] = self.look_ahead[child_N] - self.look_ahead[node_R[row_N]]
+        rows.next_RC[row_N, symbol_N] = self._states(child_N, lm_R[row_N])
 
+    def _add_word_gaps(self, rows: Rows, node_R: np.ndarray, lm_R: np.ndarray) -> None:
+        """Add the boundary before the first word, and the end of the utterance between words."""
         begin_R = np.flatnonzero(node_R == _BEGIN)
-        score_RC[begin_R, boundary] = 0.0
-        next_RC[begin_R, boundary] = _ROOT * self.n_states + lm_R[begin_R]
+        rows.score_RC[begin_R, self.boundary] = 0.0
+        rows.next_RC[begin_R, self.boundary] = self._states(_ROOT, lm_R[begin_R])
         between_R = np.flatnonzero(node_R <= _ROOT)
-        final_R[between_R] = self._final(lm_R[between_R])
+        rows.final_R[between_R] = self._final(lm_R[between_R])
 
+    def _add_word_ends(self, rows: Rows, node_R: np.ndarray, lm_R: np.ndarray) -> None:
+        """Add the boundaries and the ends of the utterance that complete a word, which is scored here.
+
+        The first homophone of a node has the column of the boundary, and each other one a column of its own.
+        At the end of the utterance, the best homophone is chosen.
+        """
+        assert rows.word_RC is not None
+        lexicon, n_symbols = self.lexicon, len(self.lexicon.symbols)
         first_R, last_R = lexicon.first_end[node_R], lexicon.first_end[node_R + 1]
-        end = concatenate_ranges(first_R, last_R)
-        row = np.repeat(np.arange(shape[0]), last_R - first_R)
-        rank = end - np.repeat(first_R, last_R - first_R)
-        column = np.where(rank == 0, boundary, n_symbols + rank - 1)
-        word = lexicon.word_E[end]
-        logp, lm_next = np.zeros(len(word)), np.zeros(len(word), np.int64)
+        end_N = concatenate_ranges(first_R, last_R)
+        row_N = np.repeat(np.arange(len(node_R)), last_R - first_R)
+        rank_N = end_N - first_R[row_N]  # position among the homophones of the node
+        column_N = np.where(rank_N == 0, self.boundary, n_symbols + rank_N - 1)
+        word_N = lexicon.word_E[end_N]
+        logp_N, next_lm_N = np.zeros(len(word_N)), np.zeros(len(word_N), np.int64)
         if self.model is not None:
-            logp, lm_next = self.model.score(lm_R[row], self.model_word_W[word])
-        score = self.lm_weight * logp + self.word_bonus - self.look_ahead[node_R[row]]
-        score_RC[row, column] = score
-        next_RC[row, column] = _ROOT * self.n_states + lm_next
-        word_RC[row, column] = word
-        final = score + self._final(lm_next)
-        order = np.argsort(final, kind="stable")  # ascending, so that the best word of a row is assigned last
-        final_R[row[order]] = final[order]
-        final_word_R[row[order]] = word[order]
-        return Rows(score_RC, next_RC, word_RC, final_R, final_word_R)
+            logp_N, next_lm_N = self.model.score(lm_R[row_N], self.model_word_W[word_N])
+        score_N = self.lm_weight * logp_N + self.word_bonus - self.look_ahead[node_R[row_N]]
+        rows.score_RC[row_N, column_N] = score_N
+        rows.next_RC[row_N, column_N] = self._states(_ROOT, next_lm_N)
+        rows.word_RC[row_N, column_N] = word_N
+        final_N = score_N + self._final(next_lm_N)
+        order_N = np.argsort(final_N, kind="stable")  # ascending: the best word of a row is assigned last
+        rows.final_R[row_N[order_N]] = final_N[order_N]
+        rows.final_word_R[row_N[order_N]] = word_N[order_N]
+
+    def _states(self, node: np.ndarray | int, lm: np.ndarray | int) -> Any:
+        """Encode pairs of a node of the prefix tree and a state of the language model as states."""
+        return node * self.n_states + lm
+
+    def _split_states(self, state_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Decode states into nodes of the prefix tree and states of the language model."""
+        return np.divmod(state_R, self.n_states)
 
     def _final(self, lm_R: np.ndarray) -> np.ndarray:
         """Return the score of the sentence end after each language model state."""
@@ -344,7 +372,7 @@ def load_fusion(
     symbols: PhonemeSet,
     lm: Path | None = None,
     lexicon: Path | None = None,
-    lm_weight: float = 0.5,
+    lm_weight: float = DEFAULT_LM_WEIGHT,
     word_bonus: float = 0.0,
 ) -> Fusion | None:
     """Read a language model, a lexicon or both for `beam_search`.
@@ -364,19 +392,17 @@ def load_fusion(
             finite.
     """
     model = None if lm is None else read_arpa(lm)
+    tree = None if lexicon is None else Lexicon(read_lexicon(lexicon, symbols), symbols)
     try:
-        if lexicon is not None:
-            tree = Lexicon(read_lexicon(lexicon, symbols), symbols)
+        if tree is not None:
             _report_unknown(model, tree.words, "words of the lexicon")
             return LexiconFusion(tree, model, lm_weight, word_bonus)
-        if model is None:
-            return None
-        _report_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
-        return SymbolFusion(model, symbols, lm_weight, word_bonus)
-    except DataError as error:
-        if lm is None or str(error).startswith(f"{lexicon}:"):
-            raise
+        if model is not None:
+            _report_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
+            return SymbolFusion(model, symbols, lm_weight, word_bonus)
+    except DataError as error:  # only the language model can be wrong here
         raise DataError(f"{lm}: {error}") from error
+    return None
 
 
 class RowCache:

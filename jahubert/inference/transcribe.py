@@ -24,7 +24,7 @@ from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import Calibration, confidence
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, group_words
-from jahubert.inference.fusion import load_fusion
+from jahubert.inference.fusion import DEFAULT_LM_WEIGHT, load_fusion
 from jahubert.inference.reading import read_ahead, run_batch
 from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
@@ -231,7 +231,7 @@ class Transcriber:
             phonemes,
             None if lm is None else Path(lm),
             None if lexicon is None else Path(lexicon),
-            0.5 if lm_weight is None else lm_weight,
+            DEFAULT_LM_WEIGHT if lm_weight is None else lm_weight,
             0.0 if word_bonus is None else word_bonus,
         )
         self.calibration = calibration

@@ -193,6 +193,15 @@ def test_files_are_loaded_and_checked(tmp_path, symbol_model, word_model):
         beam_search(random_logp(0, 1, 4)[..., :3], [4], fusion=load_fusion(SYMBOLS, symbols))
 
 
+def test_errors_in_a_lexicon_name_the_lexicon(tmp_path, word_model):
+    words, lexicon = tmp_path / "w.arpa", tmp_path / "lexicon.txt"
+    write_arpa(word_model, words)
+    lexicon.write_text("word unknown-symbol\n")
+    with pytest.raises(DataError) as raised:
+        load_fusion(SYMBOLS, words, lexicon)
+    assert str(raised.value).startswith(f"{lexicon}:1:") and "w.arpa" not in str(raised.value)
+
+
 def test_language_model_of_another_unit_is_rejected(tmp_path):
     path = tmp_path / "kana.arpa"
     write_arpa(train_ngram([["ア", "|", "イ"], ["ウ", "|", "エ"]], 2), path)  # shares only the boundary

@@ -34,7 +34,7 @@ from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy, group_words
-from jahubert.inference.fusion import Fusion, load_fusion
+from jahubert.inference.fusion import DEFAULT_LM_WEIGHT, Fusion, load_fusion
 from jahubert.inference.vad import suppress_nonspeech
 from jahubert.model.heads import HubertForCtc
 from jahubert.phonemes import PhonemeSet
@@ -73,7 +73,7 @@ class Config:
     n_best: int = 1  # maximum number of hypotheses to write per utterance
     lm: Path | None = None  # n-gram model (ARPA, plain or gzip) over symbols, or over words of the lexicon
     lexicon: Path | None = None  # file of the allowed words, with one word and its symbols per line
-    lm_weight: float = 0.5  # factor for the log-probability of the language model
+    lm_weight: float = DEFAULT_LM_WEIGHT  # factor for the log-probability of the language model
     word_bonus: float = 0.0  # score added per word with a lexicon, otherwise per symbol
     tune_splits: tuple[str, ...] = split_field(())  # splits on which to choose lm_weight and word_bonus
     tune_lm_weights: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.3)  # values of lm_weight to try
