@@ -83,6 +83,10 @@ class AugmentConfig:
         """Whether any effect has a probability above 0."""
         return any(getattr(self, field.name) > 0 for field in fields(self) if field.name.endswith("_prob"))
 
+    def max_lengths(self, n_samples: np.ndarray) -> np.ndarray:
+        """Compute upper bounds of the lengths (samples, int64) of utterances after speed changes."""
+        return _length(n_samples, min(1.0, self.speed[0]) if self.speed_prob else 1.0)
+
 
 class Augmenter:
     """Augmentation of the utterances in a manifest.
@@ -104,9 +108,9 @@ class Augmenter:
 
     def length_bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compute lower and upper bounds of the `lengths` of `rows` in any epoch, int64."""
-        slowest, fastest = self.config.speed if self.config.speed_prob else (1.0, 1.0)
+        fastest = max(1.0, self.config.speed[1]) if self.config.speed_prob else 1.0
         n_samples = self.n_samples[rows]
-        return _length(n_samples, max(1.0, fastest)), _length(n_samples, min(1.0, slowest))
+        return _length(n_samples, fastest), self.config.max_lengths(n_samples)
 
     def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
         """Draw the speed factors of `rows` in an epoch, float64. A factor of 1 means no change."""

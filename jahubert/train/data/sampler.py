@@ -129,7 +129,7 @@ class Sampler:
         self.epoch_lengths = epoch_lengths
         micro_seconds = min(sizes.group_seconds, sizes.micro_seconds or sizes.group_seconds)
         self.group_capacity, self.capacity = (
-            int(seconds * SAMPLE_RATE) for seconds in (sizes.group_seconds, micro_seconds)
+            round(seconds * SAMPLE_RATE) for seconds in (sizes.group_seconds, micro_seconds)
         )
         if not len(self.rows):
             raise DataError("no utterances to train on: the split is empty or has no labels")

@@ -180,9 +180,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
             "targets are required to select the best step; choose other splits"
         )
-    slowest = min(1.0, config.augment.speed[0]) if config.augment.speed_prob else 1.0
-    longest = max(manifest.n_samples[rows].max() / slowest, manifest.n_samples[dev_rows].max()) / SAMPLE_RATE
-    train_config = with_micro_seconds(config.train, module.ctc.config, float(longest))
+    max_lengths = config.augment.max_lengths(manifest.n_samples[rows])
+    longest = int(max(max_lengths.max(), manifest.n_samples[dev_rows].max()))
+    train_config = with_micro_seconds(config.train, module.ctc.config, longest / SAMPLE_RATE)
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
         "sizes": train_config.batch_sizes,

@@ -69,6 +69,14 @@ def test_too_long_utterance_is_rejected(sizes):
         Sampler(np.array([0]), np.array([32_000]), sizes, seed=0)
 
 
+@pytest.mark.parametrize("n_samples", [16_002, 16_005, 262_143])
+def test_size_equal_to_the_longest_utterance_is_accepted(n_samples):
+    """The product of the seconds and the sampling rate is not always an integer."""
+    seconds = n_samples / 16_000
+    sampler = Sampler(np.array([0]), np.array([n_samples]), BatchSizes(seconds, 1, seconds), seed=0)
+    assert sampler.group_capacity == sampler.capacity == n_samples
+
+
 @pytest.mark.parametrize(
     ("batch_seconds", "groups"), [(2800, 8), (1600, 8), (7200, 16), (5760, 16), (200, 2), (30, 1), (0.5, 1)]
 )

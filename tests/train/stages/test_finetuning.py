@@ -11,14 +11,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from fixtures import FIXTURES
 from fixtures.small_training import CONFIG, MODEL, Noise
 
+from jahubert.audio import AudioSource
 from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
+from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CtcBatch, pad
+from jahubert.train.data.manifest import Utterance, write_manifest
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch
 from jahubert.train.evaluation.unit_checks import blank_problem
@@ -26,7 +30,8 @@ from jahubert.train.experiment.config import result_fields, structure
 from jahubert.train.experiment.registry import data_folder
 from jahubert.train.pipeline import runner
 from jahubert.train.pipeline.compose import compose
-from jahubert.train.stages import finetune
+from jahubert.train.stages import finetune, targets
+from jahubert.train.trainer import micro_batch
 from jahubert.train.trainer import trainer as engine
 from jahubert.train.trainer.optim import TrainConfig, lr_at
 
@@ -187,3 +192,29 @@ def test_run_stopped_in_head_only_phase_is_resumed(stop, tmp_path, monkeypatch):
         final_weights.append(module.state_dict())
     for key, value in final_weights[0].items():
         assert torch.equal(final_weights[2][key], value), key
+
+
+def noise_config(folder: Path, utterances: list[tuple[int, str]], **settings) -> finetune.Config:
+    """Write noise utterances, given as (samples, split), with one symbol each, and configure one update."""
+    rng, items = np.random.default_rng(0), []
+    for number, (n_samples, split) in enumerate(utterances):
+        path = folder / f"{number}.wav"
+        soundfile.write(path, 0.1 * rng.standard_normal(n_samples), SAMPLE_RATE)
+        audio = AudioSource(str(path))
+        items.append(Utterance(str(number), audio, n_samples=n_samples, words=(("a",),), split=split))
+    write_manifest(folder / "manifest.arrow", items)
+    for name in ("targets", "out"):
+        (folder / name).mkdir()
+    targets.run(targets.Config(folder / "manifest.arrow"), folder / "targets")
+    train = replace(CONFIG, max_steps=1, groups=1)
+    settings = {"model": MODEL, "train": train, "freeze_conv": False, "head_only_steps": 0} | settings
+    return finetune.Config(folder / "manifest.arrow", folder / "targets", **settings)
+
+
+@pytest.mark.parametrize("n_samples", [16_002, 16_001])
+def test_automatic_micro_batch_holds_the_longest_utterance(n_samples, tmp_path, monkeypatch):
+    """The utterance needs more than the usable memory, with and without a change of speed."""
+    monkeypatch.setattr(micro_batch, "_CPU_BYTES", 1e3)
+    augment = AugmentConfig(speed_prob=1.0 if n_samples == 16_001 else 0.0)
+    config = noise_config(tmp_path, [(n_samples, "train"), (8_000, "dev")], augment=augment)
+    assert finetune.run(config, tmp_path / "out")["utterances"] == 1
