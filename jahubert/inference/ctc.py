@@ -382,6 +382,11 @@ def _complete_words(labels: list[int], boundary: int) -> list[int]:
     return labels[: len(labels) - 1 - labels[::-1].index(boundary)]
 
 
+def frames_needed(labels: Sequence[int]) -> int:
+    """Return the number of frames that CTC needs: one per label, and a blank between equal labels."""
+    return len(labels) + sum(a == b for a, b in pairwise(labels))
+
+
 def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list[Span]:
     """Find the frames of each label on the most probable CTC path for `labels` (Viterbi alignment).
 
@@ -409,11 +414,10 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
             f"labels {wrong[:5]} cannot be aligned: each must be one of the {n_symbols} symbols and not the "
             f"blank ({blank})"
         )
-    repeats = sum(a == b for a, b in pairwise(labels))
-    if n_frames < len(labels) + repeats:
+    if n_frames < frames_needed(labels):
         raise DataError(
             f"the audio is too short for its text: the number of frames is {n_frames}, but must be at least "
-            f"{len(labels) + repeats} (one per label, and one more between adjacent equal labels)"
+            f"{frames_needed(labels)} (one per label, and one more between adjacent equal labels)"
         )
     if not labels:
         return []

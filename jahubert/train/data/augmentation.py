@@ -16,7 +16,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from jahubert.frames import SAMPLE_RATE
+from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.experiment.config import interval_errors, raise_config_errors, range_errors
 
@@ -97,10 +97,23 @@ class Augmenter:
         rows: manifest rows of the utterances that may be mixed into others.
         n_samples: lengths of all utterances in the manifest.
         read: function that reads a part of an utterance.
+        min_samples: lengths below which a higher speed must not shorten the utterances in the manifest. An
+            utterance that is shorter than that is not shortened. None: one frame.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int, rows: np.ndarray, n_samples: np.ndarray, read: Read):
+    def __init__(
+        self,
+        config: AugmentConfig,
+        seed: int,
+        rows: np.ndarray,
+        n_samples: np.ndarray,
+        read: Read,
+        min_samples: np.ndarray | None = None,
+    ):
         self.config, self.seed, self.rows, self.n_samples, self.read = config, seed, rows, n_samples, read
+        if min_samples is None:
+            min_samples = np.full(len(n_samples), HUBERT.n_samples(1))
+        self.min_samples = np.minimum(n_samples, min_samples)
 
     def lengths(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
         """Compute the lengths (samples, int64) of `rows` after the speed changes in an epoch."""
@@ -110,10 +123,14 @@ class Augmenter:
         """Compute lower and upper bounds of the `lengths` of `rows` in any epoch, int64."""
         fastest = max(1.0, self.config.speed[1]) if self.config.speed_prob else 1.0
         n_samples = self.n_samples[rows]
-        return _length(n_samples, fastest), self.config.max_lengths(n_samples)
+        shortest = np.maximum(_length(n_samples, fastest), self.min_samples[rows])
+        return shortest, self.config.max_lengths(n_samples)
 
     def speeds(self, epoch: int, rows: np.ndarray | int) -> np.ndarray:
-        """Draw the speed factors of `rows` in an epoch, float64. A factor of 1 means no change."""
+        """Draw the speed factors of `rows` in an epoch, float64. A factor of 1 means no change.
+
+        If a row would become shorter than its `min_samples`, its speed is reduced until it does not.
+        """
         rows = np.asarray(rows)
         if not self.config.speed_prob:
             return np.ones(rows.shape)
@@ -121,7 +138,10 @@ class Augmenter:
         share = _uniform(self.seed, epoch, rows) / self.config.speed_prob
         low, high = self.config.speed
         drawn = np.round((low + (high - low) * share) * _SPEED_STEPS) / _SPEED_STEPS
-        return np.where(share < 1, np.clip(drawn, low, high), 1.0)
+        speeds = np.where(share < 1, np.clip(drawn, low, high), 1.0)
+        n_samples, min_samples = self.n_samples[rows], self.min_samples[rows]
+        highest = n_samples * _SPEED_STEPS // min_samples / _SPEED_STEPS
+        return np.where(_length(n_samples, speeds) < min_samples, highest, speeds)
 
     def __call__(self, wav_T: Tensor, epoch: int, row: int) -> Tensor:
         """Apply all effects drawn for a row in an epoch, without modifying `wav_T`.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
+from jahubert.inference.ctc import frames_needed
 from jahubert.model.kernels import PackedShape
 from jahubert.train.data.augmentation import AugmentConfig, Augmenter
 from jahubert.train.data.labels import LabelStore
@@ -166,12 +167,24 @@ class WaveformCache:
 
 
 def _augmenter(
-    config: AugmentConfig | None, seed: int, rows: np.ndarray, cache: WaveformCache
+    config: AugmentConfig | None,
+    seed: int,
+    rows: np.ndarray,
+    cache: WaveformCache,
+    targets: TargetStore | None = None,
 ) -> Augmenter | None:
-    """Create the augmenter of a data set, or return None if all effects are disabled."""
+    """Create the augmenter of a data set, or return None if all effects are disabled.
+
+    If `targets` is given, changes of speed leave each of `rows` as many frames as CTC needs for its target.
+    """
     if config is None or not config.enabled:
         return None
-    return Augmenter(config, seed, rows, cache.manifest.n_samples, cache.load)
+    n_samples, min_samples = cache.manifest.n_samples, None
+    if targets is not None and config.speed_prob:
+        min_samples = np.full(len(n_samples), HUBERT.n_samples(1))
+        for row in rows:
+            min_samples[row] = HUBERT.n_samples(frames_needed(targets[row].tolist()))
+    return Augmenter(config, seed, rows, n_samples, cache.load, min_samples)
 
 
 def _long_enough(manifest: Manifest, split: str, min_seconds: float) -> np.ndarray:
@@ -289,7 +302,7 @@ class CtcData:
         """
         self.manifest, self.targets, self.mask, self.width, self.seed = manifest, targets, mask, width, seed
         self.cache = WaveformCache(manifest, rows, keep_in_memory_hours)
-        self.augmenter = augmenter = _augmenter(augment, seed, rows, self.cache)
+        self.augmenter = augmenter = _augmenter(augment, seed, rows, self.cache, targets)
         shortest = longest = manifest.n_samples[rows]
         if augmenter is not None:
             shortest, longest = augmenter.length_bounds(rows)

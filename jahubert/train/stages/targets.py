@@ -14,13 +14,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from jahubert.errors import ConfigError, DataError, quote
 from jahubert.formats.atomic import atomic_write
 from jahubert.frames import HUBERT
+from jahubert.inference.ctc import frames_needed
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.targets import UNKNOWN, character_set, kana_set, write_targets
@@ -129,9 +129,7 @@ def target_of(utterance: Utterance, symbols: PhonemeSet, config: Config) -> list
             row = symbols.encode(words)
         except DataError as error:
             raise DataError(f"symbol outside the vocabulary: {error}") from error
-    # CTC needs a blank between repeated symbols.
-    needed = len(row) + sum(a == b for a, b in pairwise(row))
-    frames = HUBERT.n_frames(utterance.n_samples)
+    needed, frames = frames_needed(row), HUBERT.n_frames(utterance.n_samples)
     if needed > frames:
         raise DataError(f"target longer than its audio: {needed} frames needed, {frames} available")
     return row

@@ -136,12 +136,52 @@ def test_slowed_utterance_longer_than_a_micro_batch_is_rejected(corpus):
 
 def test_speeds_have_the_configured_share_and_range():
     config = AugmentConfig(speed_prob=0.3, speed=(0.8, 1.25))
-    speeds = augmenter(config, [tone(100)]).speeds(0, np.arange(20_000))
+    effects = augmenter(config, [tone(100)] * 20_000)
+    speeds = effects.speeds(0, np.arange(20_000))
     changed = speeds[speeds != 1]
     assert 0.28 < len(changed) / len(speeds) < 0.32
     assert changed.min() >= 0.8 and changed.max() <= 1.25
     assert abs(changed.mean() - 1.025) < 0.01
-    assert augmenter(config, [tone(100)]).speeds(0, 777) == speeds[777]
+    assert effects.speeds(0, 777) == speeds[777]
+
+
+def test_speed_leaves_the_frames_that_the_target_needs(tmp_path):
+    lengths, items = [400, 420, 450, 8_000, 8_000, 8_000], []
+    for number, length in enumerate(lengths):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, tone(440, length), 16_000)
+        items.append(Utterance(str(number), AudioSource(str(path)), n_samples=length))
+    write_manifest(tmp_path / "manifest.arrow", items)
+    manifest, phonemes = Manifest(tmp_path / "manifest.arrow"), PhonemeSet.standard()
+    # The last three utterances have 24 frames. Their targets need 23 (with blanks), 24 and 2 of them.
+    symbols = [["a"], ["a"], ["a"], ["a"] * 12, ["a", "i"] * 12, ["a", "i"]]
+    needed = np.array([1, 1, 1, 23, 24, 2])
+    write_targets(tmp_path, [phonemes.encode([row]) for row in symbols], phonemes, manifest)
+    rows, config = np.arange(len(lengths)), AugmentConfig(speed_prob=1.0)
+    data = CtcData(
+        manifest,
+        TargetStore(tmp_path),
+        rows,
+        mask=None,
+        width=1,
+        sizes=BatchSizes(8.0),
+        seed=1,
+        augment=config,
+    )
+    unlimited = augmenter(config, [tone(440)] * len(rows), seed=1)
+    assert data.augmenter is not None
+    shortest, longest = data.augmenter.length_bounds(rows)
+    drawn = []
+    for epoch in range(20):
+        n_samples = data.load(MicroBatch(epoch, 0, tuple(rows.tolist()))).n_samples_B.numpy()
+        assert (HUBERT.n_frames(n_samples) >= needed).all()
+        assert (shortest <= n_samples).all() and (n_samples <= longest).all()
+        speeds, unchanged = data.augmenter.speeds(epoch, rows), unlimited.speeds(epoch, rows)
+        assert ((speeds == unchanged) | ((speeds >= 1) & (speeds < unchanged))).all()
+        assert speeds[-1] == unchanged[-1]
+        drawn.append(speeds)
+    assert (np.min(drawn, axis=0) < 0.95).all()
+    assert np.max(drawn, axis=0)[[0, 1, 3, 4]].tolist() == [1.0, 1.05, 1.07, 1.03]
 
 
 def test_pretraining_keeps_the_length_and_the_units(corpus):
