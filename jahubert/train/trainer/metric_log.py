@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_path, atomic_write
@@ -41,7 +41,7 @@ class MetricLog:
         self.module, self.config, self.out = module, config, out
         self.best_value = math.inf
         self.best_metrics: dict[str, float] = {}  # including "best_step"; empty before validation
-        self.best_crc32: str | None = None  # checksum of the best weights, set only on rank 0
+        self.best_crc32: str | None = None  # checksum of the best weights, equal in all processes
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
         self.graphs = compiled_graphs()  # number of compiled graphs at the last log line
@@ -101,10 +101,13 @@ class MetricLog:
         if best is not None and metrics[best] < self.best_value:
             self.best_value, self.best_metrics = metrics[best], {**metrics, "best_step": float(step)}
             state = full_state(self.module)
-            if distributed.rank() == 0:
-                with atomic_path(best_path(self.out, self.best_metrics)) as temporary:
-                    save_file({name: value.cpu().clone() for name, value in state.items()}, temporary)
-                    self.best_crc32 = file_crc32(temporary)
+            self.best_crc32 = distributed.rank0_broadcast(lambda: self._save_best(state))
+
+    def _save_best(self, state: dict[str, Tensor]) -> str:
+        """Write the best weights to their file and return its checksum."""
+        with atomic_path(best_path(self.out, self.best_metrics)) as temporary:
+            save_file({name: value.cpu().clone() for name, value in state.items()}, temporary)
+            return file_crc32(temporary)
 
     def delete_old_best(self, states: Iterable[dict[str, Any]]) -> None:
         """Delete best weights to which neither this log nor one of the saved `states` refers."""
@@ -125,11 +128,14 @@ class MetricLog:
             self.tracker.close()
         if best is not None and self.best_metrics:
             path = best_path(self.out, self.best_metrics)
-            if self.best_crc32 is not None and (not path.exists() or file_crc32(path) != self.best_crc32):
-                raise DataError(f"{path}: missing or damaged; delete {self.out} and rerun its stage")
+            distributed.rank0_broadcast(lambda: self._check_best(path))
             load_full_state(self.module, load_file(path))
             return self.best_metrics
         return self.last_metrics
+
+    def _check_best(self, path: Path) -> None:
+        if not path.exists() or file_crc32(path) != self.best_crc32:
+            raise DataError(f"{path}: missing or damaged; delete {self.out} and rerun its stage")
 
     def _write(self, row: dict[str, Any]) -> None:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:

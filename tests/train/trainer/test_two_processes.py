@@ -5,11 +5,13 @@ The tests also run this file as a script: `torchrun --nproc-per-node 2 FILE FOLD
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from jahubert.train.trainer.trainer import Loss, Stopped, train
 CONFIG = TrainConfig(
     max_steps=5, batch_seconds=24.0, groups=4, lr=0.01, precision="fp32", device="cpu", save_every=9
 )
+
+PER = itertools.count(9.0, -1.0)  # results of successive validations
 
 
 class StopsAtStep(Toy):
@@ -50,6 +54,15 @@ def train_toy(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     module = StopsAtStep(stop_at)
     train(module, Data(groups=4), CONFIG, out)
     return module.state_dict()
+
+
+def train_with_improving_validation(out: Path, stop_at: int | None = None) -> dict[str, float]:
+    """Train with a validation after each step, whose result is better in each call within this process."""
+    out.mkdir(exist_ok=True)
+    config = replace(CONFIG, valid_every=1)
+    return train(
+        StopsAtStep(stop_at), Data(groups=4), config, out, validate=lambda: {"per": next(PER)}, best="per"
+    )
 
 
 def train_on_one_row(out: Path) -> dict[str, Tensor]:
@@ -107,6 +120,11 @@ def test_process_without_an_utterance_does_not_change_the_result(shared_runs, tm
     assert len(losses[0]) == CONFIG.max_steps and losses[0] == pytest.approx(losses[1])
 
 
+def test_resumed_run_with_better_validation_keeps_the_best_weights(shared_runs):
+    ends = [json.loads((shared_runs / f"improving_{rank}.json").read_text()) for rank in range(2)]
+    assert ends == [{"per": 9.0 - (CONFIG.max_steps - 1), "best_step": CONFIG.max_steps}] * 2
+
+
 def main(folder: Path) -> None:
     with distributed.process_group():
         try:
@@ -125,6 +143,10 @@ def main(folder: Path) -> None:
                 save_file(state, folder / f"{name}.safetensors")
         # Each step has one all-reduce for losses and stop requests. The stopped run needs three more steps.
         assert len(sums) == 3 + CONFIG.max_steps
+        with suppress(Stopped):
+            train_with_improving_validation(folder / "improving", stop_at=2)
+        metrics = train_with_improving_validation(folder / "improving")
+        (folder / f"improving_{distributed.rank()}.json").write_text(json.dumps(metrics))
         state = train_on_one_row(folder / "shared")
         if distributed.rank() == 0:
             save_file(state, folder / "shared.safetensors")
