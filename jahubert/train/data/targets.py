@@ -61,6 +61,16 @@ def write_targets(
     return len(symbols)
 
 
+def labeled_in(splits: Iterable[str], manifest: Manifest, targets: TargetStore) -> np.ndarray:
+    """Return the ascending manifest rows of the utterances in `splits` that have targets, int64.
+
+    Raises:
+        DataError: the manifest does not contain one of the splits.
+    """
+    rows = [manifest.indices(split=split) for split in splits]
+    return np.intersect1d(np.concatenate([np.empty(0, np.int64), *rows]), targets.labeled_rows)
+
+
 class TargetStore:
     """Memory-mapped targets, as written by `write_targets`."""
 

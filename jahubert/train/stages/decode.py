@@ -42,7 +42,7 @@ from jahubert.prefetch import prefetch
 from jahubert.train.data.batches import CtcData, pad
 from jahubert.train.data.manifest import Manifest, Utterance
 from jahubert.train.data.sampler import BatchSizes, MicroBatch
-from jahubert.train.data.targets import TargetStore, split_words
+from jahubert.train.data.targets import TargetStore, labeled_in, split_words
 from jahubert.train.evaluation.tuning import TuningBatch, search_grid
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import (
@@ -153,17 +153,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     search = make_search(config, targets.phonemes, fusion)
     counts = {}
     for split in config.splits:
-        split_rows = manifest.indices(split=split)
-        rows = np.intersect1d(split_rows, targets.labeled_rows)
+        n_utterances = len(manifest.indices(split=split))
+        rows = labeled_in([split], manifest, targets)
         if not len(rows):
             raise DataError(
                 f"decode.splits: no utterance of split {split!r} in {config.manifest} has a target; "
                 "choose other splits"
             )
-        if len(rows) < len(split_rows):
+        if len(rows) < n_utterances:
             log.warning(
                 "%s: utterances that are not decoded because they have no target: %d of %d (see %s)",
-                split, len(split_rows) - len(rows), len(split_rows), config.targets / "rejected.jsonl",
+                split, n_utterances - len(rows), n_utterances, config.targets / "rejected.jsonl",
             )  # fmt: skip
         counts[split] = len(rows)
         lines = []
@@ -178,8 +178,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )
         _write(out / f"{split}.jsonl", lines)
     if config.align_splits:
-        rows = np.concatenate([manifest.indices(split=split) for split in config.align_splits])
-        rows = np.intersect1d(rows, targets.labeled_rows)
+        rows = labeled_in(config.align_splits, manifest, targets)
         lines = []
         for rows_B, logp_BSV, n_frames_B in log_probs(rows, "alignment", suppress=False):
             batch = zip(rows_B, logp_BSV, n_frames_B.tolist(), strict=True)
@@ -203,8 +202,7 @@ def tune(
     out: Path,
 ) -> Fusion:
     """Choose the weight and the bonus with the lowest error rate on `config.tune_splits`."""
-    rows = np.concatenate([manifest.indices(split=split) for split in config.tune_splits])
-    rows = np.intersect1d(rows, targets.labeled_rows)
+    rows = labeled_in(config.tune_splits, manifest, targets)
     if not len(rows):
         raise DataError(
             f"decode.tune_splits: no utterance of {', '.join(config.tune_splits)} has a target; "

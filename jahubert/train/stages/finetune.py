@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from jahubert.prefetch import prefetch
 from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.data.targets import TargetStore, split_words
+from jahubert.train.data.targets import TargetStore, labeled_in, split_words
 from jahubert.train.evaluation.metrics import count_errors
 from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment import distributed
@@ -165,6 +166,13 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, targets = Manifest(config.manifest), TargetStore(config.targets)
     targets.check(manifest)
     rows = choose_rows(manifest, targets, config)
+    dev_rows = labeled_in(config.dev_splits, manifest, targets)
+    if config.train.valid_every and not len(dev_rows):
+        raise DataError(
+            f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
+            "targets are required to select the best step; choose other splits, or set "
+            "finetune.train.valid_every=0"
+        )
     torch.manual_seed(config.seed)
     module = FineTuner(
         build_model(config, len(targets.phonemes)),
@@ -172,16 +180,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         head_only_steps=config.head_only_steps,
         seed=config.seed,
     )
-    dev_rows = np.intersect1d(
-        np.concatenate([manifest.indices(split=split) for split in config.dev_splits]), targets.labeled_rows
-    )
-    if not len(dev_rows):
-        raise DataError(
-            f"finetune.dev_splits={list(config.dev_splits)}: no utterance in these splits has a target, but "
-            "targets are required to select the best step; choose other splits"
-        )
     max_lengths = config.augment.max_lengths(manifest.n_samples[rows])
-    longest = int(max(max_lengths.max(), manifest.n_samples[dev_rows].max()))
+    longest = int(max(max_lengths.max(), manifest.n_samples[dev_rows].max(initial=0)))
     train_config = with_micro_seconds(config.train, module.ctc.config, longest / SAMPLE_RATE)
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
@@ -189,9 +189,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "seed": config.seed,
     }
     data = CtcData(manifest, targets, rows, mask=config.mask, augment=config.augment, **sizes)
-    dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes)
+    dev = CtcData(manifest, targets, dev_rows, mask=None, **sizes) if len(dev_rows) else None
 
-    def validate() -> dict[str, float]:
+    def validate(dev: CtcData) -> dict[str, float]:
         metrics = evaluate(module, dev)
         problem = blank_problem(
             metrics["blank"],
@@ -204,8 +204,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             log.warning("%s", problem)
         return metrics
 
+    validation = None if dev is None else partial(validate, dev)
     train = resolve(config.train.engine, ENGINES, "finetune.train.engine")
-    metrics: dict[str, float] = train(module, data, train_config, out, validate=validate, best=config.best)
+    metrics: dict[str, float] = train(module, data, train_config, out, validate=validation, best=config.best)
     if distributed.rank() == 0:
         finetuning: dict[str, Any] = {"utterances": len(rows), "metrics": metrics}
         if config.pretrained is not None and not config.pretrained.exists():  # `pretrained` is a Hub name
@@ -231,8 +232,17 @@ def choose_rows(manifest: Manifest, targets: TargetStore, config: Config) -> np.
     `fraction` selects the first labeled utterances of the training split. `hours` draws a random subset of
     them, so that a subset of ten minutes does not come from a single talk. With the same seed and
     `fraction`, larger subsets contain the smaller ones.
+
+    Raises:
+        DataError: no utterance of the training split has a target.
     """
-    rows = np.intersect1d(manifest.indices(split="train"), targets.labeled_rows)
+    rows = labeled_in(["train"], manifest, targets)
+    if not len(rows):
+        raise DataError(
+            f"finetune: no utterance of split 'train' in {config.manifest} has a target (see "
+            f"{config.targets / 'rejected.jsonl'}); provide transcripts and rerun stage=prepare and "
+            "stage=targets"
+        )
     rows = rows[: max(1, round(config.fraction * len(rows)))]
     if config.hours is None:
         return rows

@@ -17,7 +17,7 @@ from fixtures import FIXTURES
 from fixtures.small_training import CONFIG, MODEL, Noise
 
 from jahubert.audio import AudioSource
-from jahubert.errors import ConfigError
+from jahubert.errors import ConfigError, DataError
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.heads import HubertForCtc
 from jahubert.train.data.augmentation import AugmentConfig
@@ -194,14 +194,20 @@ def test_run_stopped_in_head_only_phase_is_resumed(stop, tmp_path, monkeypatch):
         assert torch.equal(final_weights[2][key], value), key
 
 
-def noise_config(folder: Path, utterances: list[tuple[int, str]], **settings) -> finetune.Config:
-    """Write noise utterances, given as (samples, split), with one symbol each, and configure one update."""
+def noise_config(
+    folder: Path, utterances: list[tuple[int, str]], unlabeled: str = "", **settings
+) -> finetune.Config:
+    """Write noise utterances, given as (samples, split), and configure one update without validation.
+
+    Each utterance has one symbol, except those in the split `unlabeled`.
+    """
     rng, items = np.random.default_rng(0), []
     for number, (n_samples, split) in enumerate(utterances):
         path = folder / f"{number}.wav"
         soundfile.write(path, 0.1 * rng.standard_normal(n_samples), SAMPLE_RATE)
+        words = () if split == unlabeled else (("a",),)
         audio = AudioSource(str(path))
-        items.append(Utterance(str(number), audio, n_samples=n_samples, words=(("a",),), split=split))
+        items.append(Utterance(str(number), audio, n_samples=n_samples, words=words, split=split))
     write_manifest(folder / "manifest.arrow", items)
     for name in ("targets", "out"):
         (folder / name).mkdir()
@@ -218,3 +224,19 @@ def test_automatic_micro_batch_holds_the_longest_utterance(n_samples, tmp_path, 
     augment = AugmentConfig(speed_prob=1.0 if n_samples == 16_001 else 0.0)
     config = noise_config(tmp_path, [(n_samples, "train"), (8_000, "dev")], augment=augment)
     assert finetune.run(config, tmp_path / "out")["utterances"] == 1
+
+
+def test_training_split_without_targets_is_rejected(tmp_path):
+    config = noise_config(tmp_path, [(8_000, "train"), (8_000, "dev")], unlabeled="train")
+    with pytest.raises(DataError, match="split 'train'"):
+        finetune.run(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dev_splits", [(), ("dev",)])
+def test_development_set_is_required_only_for_validation(dev_splits, tmp_path):
+    utterances = [(8_000, "train"), (8_000, "dev"), (8_000, "test")]
+    config = noise_config(tmp_path, utterances, unlabeled="dev", dev_splits=dev_splits)
+    metrics = finetune.run(config, tmp_path / "out")
+    assert metrics["utterances"] == 1 and "best_step" not in metrics
+    with pytest.raises((ConfigError, DataError), match="dev_splits"):
+        finetune.run(replace(config, train=replace(config.train, valid_every=1)), tmp_path / "out")
