@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from jahubert.errors import JahubertError, Stopped
 from jahubert.model import kernels
@@ -67,6 +68,11 @@ class Loss:
         """Return a loss of zero, with gradients of zero, for a filler micro-batch."""
         sums = {name: 0.0 * value for name, value in self.sums.items()}
         return Loss(0.0 * self.total, 0.0 * self.count, sums)
+
+
+# In a module's output, FSDP2 of torch 2.9.1 finds only the tensors of pytree nodes. If it finds none and the
+# blocks have no gradients, it does not reduce the gradients of the root module.
+register_pytree_node(Loss, lambda loss: (list(vars(loss).values()), None), lambda values, _: Loss(*values))
 
 
 class Trainable(Protocol):
