@@ -91,14 +91,15 @@ class Config:
         fused = self.lm is not None or self.lexicon is not None
         if self.search == "greedy" and (self.n_best > 1 or fused):
             errors.append("search=greedy does not support n_best > 1, lm or lexicon; set search=beam")
-        if self.lm is None and self.lm_weight != Config.lm_weight:
-            errors.append("lm_weight has no effect without lm; set lm or remove lm_weight")
-        for name in ("word_bonus", "tune_splits"):
-            if not fused and getattr(self, name):
-                errors.append(f"{name} has no effect without lm or lexicon; set one or remove {name}")
-        for name in ("tune_lm_weights", "tune_word_bonuses"):
-            if not self.tune_splits and getattr(self, name) != getattr(Config, name):
-                errors.append(f"{name} has no effect without tune_splits; set tune_splits or remove {name}")
+        tuned = bool(self.tune_splits)
+        for is_ignored, reason, names in (
+            (self.lm is None, "without lm; set lm", ("lm_weight", "tune_lm_weights")),
+            (not fused, "without lm or lexicon; set one", ("word_bonus", "tune_splits")),
+            (not tuned, "without tune_splits; set it", ("tune_lm_weights", "tune_word_bonuses")),
+            (tuned, "with tune_splits; remove that", ("lm_weight", "word_bonus")),
+        ):
+            changed = [name for name in names if getattr(self, name) != getattr(Config, name)]
+            errors += [f"{name} has no effect {reason} or remove {name}" for name in changed if is_ignored]
         if self.tune_splits and not (self.tune_lm_weights and self.tune_word_bonuses):
             errors.append(
                 "tune_splits requires at least one value in tune_lm_weights and one in tune_word_bonuses"

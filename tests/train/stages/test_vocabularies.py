@@ -212,6 +212,13 @@ def test_confidences_are_calibrated_on_a_split(trained, tmp_path):
         ({"lm_weight": 0.7, "lexicon": Path("words.txt")}, "lm_weight"),
         ({"word_bonus": 1.0}, "word_bonus"),
         ({"tune_splits": ("dev",)}, "tune_splits"),
+        ({"tune_lm_weights": (0.1,), "lm": Path("a.arpa")}, "tune_lm_weights"),
+        (
+            {"tune_splits": ("dev",), "lexicon": Path("words.txt"), "tune_lm_weights": (0.1,)},
+            "tune_lm_weights",
+        ),
+        ({"tune_splits": ("dev",), "lm": Path("a.arpa"), "lm_weight": 0.7}, "lm_weight"),
+        ({"tune_splits": ("dev",), "lm": Path("a.arpa"), "word_bonus": 1.0}, "word_bonus"),
         ({"tune_splits": ("dev",), "lm": Path("a.arpa"), "tune_lm_weights": ()}, "tune_lm_weights"),
     ],
 )
