@@ -2,10 +2,10 @@
 
     python recipes/languages/compare.py data=/path/to/common_voice_ja other_languages=/path/to/others
 
-The script pretrains in exp/languages-japanese and exp/languages-other, fine-tunes and scores the systems of
-the recipe in exp/languages, and prints a table of their error rates. Finished stages are kept and interrupted
-stages are resumed, so the command can be repeated until it succeeds. The script accepts all settings of the
-stages.
+The script pretrains in exp/languages-japanese, exp/languages-other and exp/languages-few, fine-tunes and
+scores the systems of the recipe in exp/languages, and prints a table of their error rates. Finished stages
+are kept and interrupted stages are resumed, so the command can be repeated until it succeeds. The script
+accepts all settings of the stages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from jahubert.train.experiment.provenance import DONE, read_record, verify_files
 from jahubert.train.pipeline.compose import compose
 from jahubert.train.pipeline.jobs import PER_ITERATION
 
-LANGUAGES = ("japanese", "other")
+# Settings of each pretraining experiment. With 34 speakers of other languages, the effective number of
+# speakers (exponential of the entropy of their durations) is that of the Japanese training split.
+PRETRAINING = {
+    "japanese": ["language=japanese"],
+    "other": ["language=other"],
+    "few": ["language=other", "speakers=34"],
+}
 SPLIT = "test_cv"
 
 
@@ -47,8 +53,8 @@ def main(argv: list[str]) -> int:
 def pretraining_jobs(tree: dict[str, Any]) -> list[list[str]]:
     """Return the overrides of every pretraining stage, in order."""
     jobs = []
-    for language in LANGUAGES:
-        experiment = [f"exp={tree['exp']}-{language}", f"language={language}"]
+    for name, settings in PRETRAINING.items():
+        experiment = [f"exp={tree['exp']}-{name}", *settings]
         jobs.append([*experiment, "stage=prepare"])
         for iteration in range(1, tree["iterations"] + 1):
             jobs += [[*experiment, f"stage={stage}", f"iteration={iteration}"] for stage in PER_ITERATION]

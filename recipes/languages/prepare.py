@@ -7,6 +7,7 @@ utterances.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ class Config:
     language: str = "japanese"  # language of the training split: japanese or other
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for language=other
     minutes: float = 90.0  # duration of the training split in minutes
+    speakers: int | None = (
+        None  # with language=other: only that many speakers, those with the longest recordings
+    )
     clips: Clips = field(default_factory=lambda: Clips(speeds=()))
 
     def __post_init__(self) -> None:
@@ -35,6 +39,11 @@ class Config:
             raise ConfigError("language=other requires other_languages=FOLDER")
         if self.minutes <= 0:
             raise ConfigError(f"minutes must be positive; found {self.minutes}")
+        if self.speakers is not None and (self.language != "other" or self.speakers < 1):
+            raise ConfigError(
+                f"speakers must be null or, with language=other, at least 1; found {self.speakers} with "
+                f"language={self.language}"
+            )
         if self.clips.speeds:
             raise ConfigError(
                 "clips.speeds must be empty, because copies at other speeds would count toward minutes"
@@ -82,4 +91,17 @@ def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[U
     if config.language == "other":
         others = list(read_speech.other_languages(expand_user(config.other_languages), work))
         random.Random(f"other languages {seed}").shuffle(others)
-        yield from others
+        speakers = _longest_speakers(others, config.speakers)
+        for item in others:
+            if isinstance(item, Utterance) and item.speaker not in speakers:
+                item = Rejected(item.id, "not one of the speakers with the longest recordings")
+            yield item
+
+
+def _longest_speakers(items: list[Utterance | Rejected], number: int | None) -> set[str]:
+    """Return the `number` speakers with the most audio, or all speakers if it is None."""
+    samples: Counter[str] = Counter()
+    for item in items:
+        if isinstance(item, Utterance):
+            samples[item.speaker] += item.n_samples
+    return {speaker for speaker, _ in samples.most_common(number)}

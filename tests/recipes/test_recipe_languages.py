@@ -43,7 +43,7 @@ def corpora(tmp_path_factory) -> tuple[Path, Path]:
     lines = ["file\tlanguage\tspeaker"]
     for number in range(30):
         soundfile.write(other / f"o{number}.wav", tone(400 + number), RATE)
-        lines.append(f"o{number}.wav\tfr\tother{number}")
+        lines.append(f"o{number}.wav\tfr\tother{max(0, number - 5)}")
     (other / "clips.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return japanese, other
 
@@ -74,6 +74,14 @@ def test_utterances_beyond_the_duration_are_rejected_with_a_reason(corpora, tmp_
     assert sum(isinstance(item, Rejected) for item in items) == 30 - 18
 
 
+def test_only_the_speakers_with_the_longest_recordings_are_used(corpora, tmp_path):
+    items = prepare(corpora, tmp_path, language="other", minutes=0.1, speakers=1)
+    train = [item for item in items if isinstance(item, Utterance) and item.split == "train"]
+    assert {item.speaker for item in train} == {"other0"} and len(train) == 6
+    with pytest.raises(DataError, match="minutes"):
+        prepare(corpora, tmp_path, language="other", minutes=0.2, speakers=1)
+
+
 def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
     with pytest.raises(DataError, match=r"0\.5 minutes.*minutes=5"):
         prepare(corpora, tmp_path, language="other", minutes=5)
@@ -81,6 +89,9 @@ def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
         languages.Config(language="english")
     with pytest.raises(ConfigError, match="other_languages"):
         languages.Config(language="other")
+    for options in ({"speakers": 3}, {"language": "other", "other_languages": "folder", "speakers": 0}):
+        with pytest.raises(ConfigError, match="speakers"):
+            languages.Config(**options)
     with pytest.raises(ConfigError, match="speeds"):
         languages.Config(clips=languages.read_speech.Config())
     with pytest.raises(DataError, match="data="):
@@ -90,23 +101,23 @@ def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
 def test_every_system_has_a_paired_baseline_and_the_same_schedule_per_share():
     systems = compose(["recipe=languages"])["systems"]
     for suffix in ("", "-30", "-10"):
-        ours, other, scratch = (systems[f"{name}{suffix}"] for name in ("japanese", "other", "scratch"))
-        assert other["score"]["baseline"] == scratch["score"]["baseline"]
-        assert other["score"]["baseline"].endswith(f"/systems/japanese{suffix}/decode")
+        ours, *others = (systems[f"{name}{suffix}"] for name in ("japanese", "other", "few", "scratch"))
+        for other in others:
+            assert other["score"]["baseline"].endswith(f"/systems/japanese{suffix}/decode")
         without_model = [
             {key: value for key, value in system.get("finetune", {}).items() if key != "pretrained"}
-            for system in (ours, other, scratch)
+            for system in (ours, *others)
         ]
-        assert without_model[0] == without_model[1] == without_model[2]
+        assert all(settings == without_model[0] for settings in without_model)
 
 
-def test_pretraining_runs_both_languages_with_valid_settings(tmp_path):
+def test_pretraining_runs_all_corpora_with_valid_settings(tmp_path):
     settings = ["recipe=languages", f"data={tmp_path}", f"other_languages={tmp_path}", f"exp={tmp_path}/x"]
     jobs = compare.pretraining_jobs(compose(settings))
-    assert len(jobs) == 2 * (1 + 2 * 4)
+    assert len(jobs) == 3 * (1 + 2 * 4)
     folders = {configure_jobs([*settings, *job])[0].out for job in jobs}
     assert len(folders) == len(jobs)
-    assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {"x-japanese", "x-other"}
+    assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {"x-japanese", "x-other", "x-few"}
 
 
 def test_table_shows_the_difference_from_the_baseline(tmp_path):
