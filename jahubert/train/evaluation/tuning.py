@@ -57,7 +57,7 @@ def search_grid(
                 )
                 counts[point, 0] += errors.errors
                 counts[point, 1] += errors.length
-        distributed.tick()
+            distributed.tick()
     distributed.all_reduce_(counts)
     rates = (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
     points = [GridPoint(*weights, rate) for weights, rate in zip(grid, rates, strict=True)]

@@ -28,7 +28,6 @@ from jahubert.frames import SAMPLE_RATE
 from jahubert.inference.ctc import greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.prefetch import prefetch
 from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CtcBatch, CtcData, MaskConfig
 from jahubert.train.data.manifest import Manifest
@@ -38,6 +37,7 @@ from jahubert.train.evaluation.unit_checks import blank_problem
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
+from jahubert.train.trainer.loader import validation_batches
 from jahubert.train.trainer.losses import ctc_loss
 from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig
@@ -273,9 +273,7 @@ def evaluate(module: FineTuner, data: CtcData) -> dict[str, float]:
     phonemes = data.targets.phonemes
     names = ["loss", "symbols", "phone_errors", "phones", "word_errors", "words"]
     sums: dict[str, Any] = dict.fromkeys([*names, "blanks", "frames", "empty", "rows"], 0.0)
-    for micro, batch in prefetch(
-        data.load, data.sampler.single_pass(distributed.rank(), distributed.world())
-    ):
+    for micro, batch in validation_batches(data):
         batch = batch.to(device)
         logp_BSV, device_frames_B = module.ctc(batch.wav_BT, batch.n_samples_B, shape=batch.shape)
         n_frames_B = module.ctc.config.grid.n_frames(batch.n_samples_B)

@@ -26,7 +26,6 @@ from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.prefetch import prefetch
 from jahubert.train.data.augmentation import AugmentConfig
 from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainBatch, PretrainData
 from jahubert.train.data.labels import LabelStore
@@ -35,7 +34,7 @@ from jahubert.train.evaluation.unit_checks import accuracy_problem
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
 from jahubert.train.experiment.registry import ENGINES, resolve
-from jahubert.train.trainer.loader import seed_micro_batch
+from jahubert.train.trainer.loader import seed_micro_batch, validation_batches
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.micro_batch import with_micro_seconds
 from jahubert.train.trainer.optim import TrainConfig
@@ -197,9 +196,7 @@ def evaluate(module: Pretrainer, data: PretrainData) -> dict[str, float]:
     sums: dict[str, Any] = dict.fromkeys(
         ("nats", "correct", "penalty", "seconds", "padded_seconds", "count"), 0.0
     )
-    for micro, batch in prefetch(
-        data.load, data.sampler.single_pass(distributed.rank(), distributed.world())
-    ):
+    for micro, batch in validation_batches(data):
         seed_micro_batch(module.seed, micro)
         loss = module(batch.to(device), 0)
         for name in sums:

@@ -1,4 +1,4 @@
-"""Data loading for training: the micro-batches of one process, DataLoader workers, and the data position."""
+"""Data loading for training and validation: micro-batches, DataLoader workers and the data position."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 
 from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE
+from jahubert.prefetch import prefetch
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.data.sampler import MicroBatch, Sampler
 from jahubert.train.data.workers import PREFETCH, map_in_workers
 from jahubert.train.experiment import distributed
+from jahubert.train.experiment.progress import progress
 from jahubert.train.trainer.optim import TrainConfig
 
 MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
@@ -101,6 +103,15 @@ def micro_batches(
         advice=_less_shared_memory(config),
         pin_memory=device.type == "cuda",
     )
+
+
+def validation_batches(data: DataSource) -> MicroBatches:
+    """Iterate once over this process's share of the data, and report the progress of the consumer."""
+    share = list(data.sampler.single_pass(distributed.rank(), distributed.world()))
+    with progress("validation", "utterances", sum(len(micro.rows) for micro in share)) as done:
+        for micro, batch in prefetch(data.load, share):
+            yield micro, batch
+            done(len(micro.rows))
 
 
 class DataState:
