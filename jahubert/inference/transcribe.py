@@ -38,6 +38,9 @@ CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of t
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # length of the window for finding the clearest pause, where a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
+# Maximum gap between two labels of a word that was cut. With the built-in model, gaps inside the words of 40
+# recordings were at most 0.34 s, and gaps between words at the cuts of longer recordings at least 0.66 s.
+MAX_CUT_GAP_SECONDS = 0.5
 PREFETCH = 16  # number of recordings to open ahead; of each, up to 60 s are decoded and kept in memory
 BEAM_ROWS = 32  # number of segments per beam search
 SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
@@ -415,12 +418,13 @@ class Transcriber:
 
         max_frames = round(CHUNK_SECONDS * self.grid.rate)
         pause = round(PAUSE_SECONDS * self.grid.rate)
+        max_gap = round(MAX_CUT_GAP_SECONDS * self.grid.rate)
         parts = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
         decoded = (result for batch in batched(parts, CHUNKS_PER_BATCH) for result in self._decode(batch))
         words: list[Word] = []
         starts: list[int] = []
         total_score = 0.0
-        for part in join_cut_words(decoded, self.phonemes.boundary):
+        for part in join_cut_words(decoded, self.phonemes.boundary, max_gap):
             total_score += part.score
             segment = TranscriptSegment(self._words(part))
             if segment.words:
@@ -477,12 +481,14 @@ class Transcriber:
         return [best[i] for i in range(len(logps))]
 
 
-def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decoded]:
+def join_cut_words(decoded: Iterable[Decoded], boundary: int, max_gap: int) -> Iterator[Decoded]:
     """Rejoin words that were cut between two parts of a recording.
 
-    The rest of such a word is moved to the earlier part, unless it has more than `MAX_CUT_WORD` labels. Each
-    part is yielded as soon as the beginning of the next part is known. A part without labels (a long pause)
-    ends the preceding word. With a lexicon, parts consist of complete words and are not changed.
+    The rest of such a word is moved to the earlier part, unless it has more than `MAX_CUT_WORD` labels or
+    starts more than `max_gap` frames after the end of that part's last label. Such a gap is a pause between
+    words, where a model often has no boundary. Each part is yielded as soon as the beginning of the next part
+    is known. A part without labels (a long pause) ends the preceding word. With a lexicon, parts consist of
+    complete words and are not changed.
     """
     waiting: Decoded | None = None
     for part in decoded:
@@ -493,7 +499,12 @@ def join_cut_words(decoded: Iterable[Decoded], boundary: int) -> Iterator[Decode
             waiting = part
             continue
         n_moved = 0
-        if waiting.spans and waiting.spans[-1].label != boundary:
+        if (
+            waiting.spans
+            and part.spans
+            and waiting.spans[-1].label != boundary
+            and part.spans[0].start - waiting.spans[-1].end <= max_gap
+        ):
             labels = [span.label for span in part.spans]
             n_moved = labels.index(boundary) if boundary in labels else len(labels)
             n_moved = 0 if n_moved > MAX_CUT_WORD else n_moved

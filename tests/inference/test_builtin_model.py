@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import jahubert
 from jahubert.errors import CheckpointError
@@ -109,6 +110,20 @@ def test_open_jtalk_voice_is_recognized(asr):
         waves.append((np.asarray(wave) / 2**15).astype(np.float32))
     references = [[phone for word in text_to_phones(text) for phone in word] for text in texts]
     assert phone_error_rate(references, list(asr.transcribe_many(waves, rate))) < 0.3
+
+
+def test_words_of_a_long_recording_are_within_one_sentence(asr, shared_data):
+    sentences = [jahubert.load_audio(path) for path in sorted((shared_data / "sentences").glob("*.wav"))]
+    pause = torch.zeros(16_000)
+    limits, parts, n_samples = [], [], 0
+    for wav_T in sentences * 2:
+        limits.append((n_samples / 16_000 - 0.5, (n_samples + len(wav_T)) / 16_000 + 0.5))
+        parts += [wav_T, pause]
+        n_samples += len(wav_T) + len(pause)
+    transcript = asr.transcribe(torch.cat(parts))
+    assert len(transcript.segments) >= 3
+    for word in transcript.words:
+        assert any(start <= word.start and word.end <= end for start, end in limits), word
 
 
 def test_error_rate_on_real_sentences_matches_the_card(asr, shared_data):

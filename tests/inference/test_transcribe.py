@@ -139,19 +139,31 @@ def test_segments_are_reported_before_the_transcript():
 def test_word_that_was_cut_belongs_to_the_earlier_segment():
     a, i, boundary = (PHONEMES.symbols.index(symbol) for symbol in ("a", "i", "|"))
 
-    def part(*labels: int) -> Decoded:
-        return Decoded([jahubert.Span(label, n, n + 1, -0.1) for n, label in enumerate(labels)], -1.0)
+    def part(*labels: int, start: int = 0) -> Decoded:
+        spans = [jahubert.Span(label, n, n + 1, -0.1) for n, label in enumerate(labels, start)]
+        return Decoded(spans, -1.0)
 
     def joined(*parts):
-        return [[span.label for span in result.spans] for result in join_cut_words(parts, boundary)]
+        return [[span.label for span in result.spans] for result in join_cut_words(parts, boundary, 25)]
 
     assert joined(part(a, boundary, i), part(a, boundary, i)) == [[a, boundary, i, a], [boundary, i]]
     assert joined(part(a, boundary), part(i)) == [[a, boundary], [i]]
     assert joined(part(a), part(i), part(i, boundary, a)) == [[a, i, i], [boundary, a]]
     assert joined(part(a), part(), part(i)) == [[a], [], [i]]  # a pause ends the word
     assert joined(part(a), part(*[i] * 100), part(i)) == [[a], [i] * 101]
-    assert sum(result.score for result in join_cut_words([part(a), part(i), part(a)], boundary)) == -3.0
+    assert joined(part(a), part(i, start=26), part(a, start=53)) == [[a, i], [a]]  # gaps of 25 and 26 frames
+    scores = [result.score for result in join_cut_words([part(a), part(i), part(a)], boundary, 25)]
+    assert sum(scores) == -3.0
     assert joined() == []
+
+
+def test_words_on_both_sides_of_a_pause_are_not_joined():
+    """Neither side of the pause at which the recording is cut has a word boundary."""
+    words = ["k k k k a a a a"] * 110  # 22 s with the boundaries
+    sentence = " | ".join(words) + " -" * 60 + " "
+    segments = Planted().transcribe(speech(sentence, repeat=3)).segments
+    assert [len(segment.words) for segment in segments] == [110, 110, 110]
+    assert {word.kana for segment in segments for word in segment.words} == {"カ"}
 
 
 def test_long_recordings_are_cut_at_pauses():
@@ -196,7 +208,7 @@ def test_streaming_equals_one_pass(random_asr, tmp_path):
     streamed = random_asr.transcribe(tmp_path / "long.wav")
     (logp,) = random_asr.log_probs([wav])  # joins 30 s chunks without streaming
     cut = list(cut_at_pauses([logp], 1500, 25))
-    parts = [part.spans for part in join_cut_words(random_asr._decode(cut), PHONEMES.boundary)]
+    parts = [part.spans for part in join_cut_words(random_asr._decode(cut), PHONEMES.boundary, 25)]
     words = [word for spans in parts for word in words_of(spans, PHONEMES, random_asr.grid)]
     assert streamed.words == tuple(words) and streamed.duration == 100.0
     seconds: list[float] = []
