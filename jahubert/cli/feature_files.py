@@ -34,19 +34,23 @@ Source = dict[str, Any]
 
 
 @contextmanager
-def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFiles]:
+def feature_files(
+    output: Path, settings: dict[str, Any], bases: Iterable[Path] = ()
+) -> Iterator[FeatureFiles]:
     """Lock the folder of an output for this run, and yield a `FeatureFiles` for it.
 
     Args:
         output: a folder, or a .safetensors file that `FeatureFiles.finish` assembles from the folder
             `OUT.safetensors.parts`.
         settings: all settings that affect the features, as JSON-compatible values.
+        bases: paths of the .npy files to write, within the folder and without the suffix.
 
     Raises:
         BusyError: another run is using the folder.
         ConfigError: the output file already exists, or the folder cannot be created or written to.
         DataError: `features.json` is damaged.
-        StaleError: the features in the folder were computed with different settings.
+        StaleError: the features in the folder were computed with different settings, or a file to write was
+            not written by `jahubert features`.
     """
     folder = parts_folder(output)
     if not folder.exists():
@@ -57,6 +61,7 @@ def feature_files(output: Path, settings: dict[str, Any]) -> Iterator[FeatureFil
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.enter_context(run_lock(folder))
             _check_incomplete(output)  # another run may have completed it in the meantime
+            _check_origin(folder, bases)
             yield FeatureFiles(output, settings)
     finally:
         if folder != output:
@@ -72,6 +77,21 @@ def _check_incomplete(output: Path) -> None:
     folder = parts_folder(output)
     if folder != output and output.exists() and not (folder / RECORD).exists():
         raise ConfigError(f"-o {output} already exists; remove it or choose another name")
+
+
+def _check_origin(folder: Path, bases: Iterable[Path]) -> None:
+    """Raise StaleError if an output file exists, but is not from a run of `jahubert features`.
+
+    Each run writes `features.json` before the first features.
+    """
+    if (folder / RECORD).exists():
+        return
+    for base in bases:
+        if (path := _array_path(folder, base)).exists():
+            raise StaleError(
+                f"{path} was not written by jahubert features, because {folder} has no {RECORD}; "
+                "choose another output folder, or remove the file"
+            )
 
 
 @contextmanager
@@ -190,7 +210,11 @@ class FeatureFiles:
         _append_line(self.folder / SOURCES, {"file": key, **self.sources[key]})
 
     def _path(self, base: Path) -> Path:
-        return self.folder / f"{base}.npy"
+        return _array_path(self.folder, base)
+
+
+def _array_path(folder: Path, base: Path) -> Path:
+    return folder / f"{base}.npy"
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def features(args: argparse.Namespace) -> int:
     )  # fmt: skip
     names = ("layer", "weights", "dtype", "chunk_seconds")
     settings = {"model": weights_hash(extractor.model)} | {name: getattr(args, name) for name in names}
-    with feature_files(Path(args.output), settings) as files:
+    with feature_files(Path(args.output), settings, [item.base for item in inputs]) as files:
         return compute_features(files, extractor, inputs, empty)
 
 

@@ -158,6 +158,16 @@ def test_units_are_not_written_into_a_folder_of_features(bundle, folder, capsys)
     assert np.load("out/a.npy").shape[1] == 16
 
 
+@pytest.mark.parametrize("audio", ["data/a.wav", "data"])
+def test_features_are_not_written_over_units(bundle, folder, capsys, audio):
+    assert main(["units", "--model", bundle, "--unique", "-o", "out", "data/a.wav"]) == 0
+    content = Path("out/a.npy").read_bytes()
+    for _ in range(2):
+        assert main(["features", "--model", bundle, "-o", "out", audio]) == 2
+        assert "out/a.npy" in capsys.readouterr().err
+    assert os.listdir("out") == ["a.npy"] and Path("out/a.npy").read_bytes() == content
+
+
 def test_features_are_written_to_one_safetensors_file(bundle, folder, capsys):
     from safetensors.numpy import load_file
 
