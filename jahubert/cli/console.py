@@ -24,6 +24,12 @@ from jahubert.errors import (
 )
 
 STDIN = "-"
+# Suffixes that are likely meant for a file. Other suffixes may be part of the name of a folder, as in run.v2.
+FILE_SUFFIXES = (
+    ".ass", ".csv", ".doc", ".docx", ".h5", ".htm", ".html", ".json", ".jsonl", ".lab", ".log", ".lrc", ".md",
+    ".npy", ".npz", ".odt", ".pdf", ".pkl", ".pt", ".rtf", ".safetensors", ".srt", ".tsv", ".txt", ".vtt",
+    ".xlsx", ".xml", ".yaml", ".zip",
+)  # fmt: skip
 BAR = 20  # length of the progress bar in characters
 
 
@@ -143,6 +149,13 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
     for name in inputs:
         if name != STDIN and os.path.realpath(name) == os.path.realpath(path):
             raise ConfigError(f"{given} would overwrite the input {name}; give another name")
+
+
+def check_output_folder(output: str, advice: str) -> None:
+    """Raise ConfigError, ending with `advice`, if a new output folder has the name of a file."""
+    suffix = Path(output).suffix.lower()
+    if suffix in FILE_SUFFIXES and not Path(output).is_dir():
+        raise ConfigError(f"-o {output}: {suffix} files are not supported; {advice}")
 
 
 def _check_folder(folder: Path, given: str) -> None:

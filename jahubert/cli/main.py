@@ -28,6 +28,7 @@ from jahubert.cli.completion import SHELLS, script
 from jahubert.cli.console import (
     CommandProgress,
     Input,
+    check_output_folder,
     find_inputs,
     message_of,
     needs_names,
@@ -150,8 +151,10 @@ def for_each_input(
 
 
 def features(args: argparse.Namespace) -> int:
-    from jahubert.cli.feature_files import check_keys, feature_files, parts_folder
+    from jahubert.cli.feature_files import SINGLE, check_keys, feature_files, parts_folder
 
+    if Path(args.output).suffix != SINGLE:
+        check_output_folder(args.output, f"give a folder or a {SINGLE} file for the features")
     inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
     check_keys(Path(args.output), (item.base for item in inputs))
     import torch
@@ -203,6 +206,8 @@ def compute_features(
 
 
 def units(args: argparse.Namespace) -> int:
+    if args.output is not None:
+        check_output_folder(args.output, "give a folder for the units")
     inputs, empty = find_inputs(args.audio, args.output, [".npy"])
     named = needs_names(args.audio)
     from jahubert.cli.feature_files import RECORD, save_array

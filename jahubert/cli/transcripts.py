@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jahubert.cli.console import CommandProgress, Input, check_output_file, needs_names
+from jahubert.cli.console import CommandProgress, Input, check_output_file, check_output_folder, needs_names
 from jahubert.errors import ConfigError
 from jahubert.inference import writers
 
@@ -55,7 +55,7 @@ def parse_output(args: argparse.Namespace) -> Output:
 
     Raises:
         ConfigError: the format does not match the suffix of the output file or cannot be printed, a file is
-            given for several recordings, or the file cannot be written.
+            given for several recordings, or the file cannot be written or has an unsupported suffix.
     """
     format, is_file = output_format(args.output, args.format)
     formats = list(writers.FORMATS) if format == "all" else [format]
@@ -67,6 +67,9 @@ def parse_output(args: argparse.Namespace) -> Output:
             )
         check_output_file(args.output, [*args.audio, *filter(None, (args.lm, args.lexicon))])
         return Output(formats, args.phonemes, named, file=Path(args.output))
+    if args.output is not None:
+        suffixes = ", ".join(suffix for suffix, _ in writers.FORMATS.values())
+        check_output_folder(args.output, f"give a folder, or a file that ends in {suffixes}")
     if args.output is None and format == "all":
         raise ConfigError("-f all writes several files: add -o DIR")
     if args.output is None and named and format in WHOLE_FILE_FORMATS:

@@ -619,6 +619,31 @@ def test_empty_output_name_is_rejected(bundle, folder, capsys):
     assert "-o is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "supported"),
+    [
+        ("features", "out.npy", ".safetensors"),
+        ("units", "out.TXT", "folder"),
+        ("units", "out.safetensors", "folder"),
+        ("transcribe", "out.doc", ".srt"),
+    ],
+)
+def test_unsupported_output_file_is_rejected(bundle, folder, capsys, command, name, supported):
+    run = [command, "--model", bundle, "data/a.wav", "-o", name]
+    assert main(run) == 2
+    err = capsys.readouterr().err
+    assert f"-o {name}" in err and supported in err and err.count("\n") == 1 and not Path(name).exists()
+    Path(name).mkdir()
+    assert main(run) == 0
+    assert any(Path(name).iterdir())
+
+
+@pytest.mark.parametrize("command", ["features", "units", "transcribe"])
+def test_output_folder_may_have_a_suffix(bundle, folder, command):
+    assert main([command, "--model", bundle, "data/a.wav", "-o", "out.v2"]) == 0
+    assert any(Path("out.v2").iterdir())
+
+
 @pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio", "onnx"])
 def test_convert_reports_an_unwritable_output(bundle, folder, capsys, monkeypatch, to):
     monkeypatch.setattr(os, "access", lambda *args: False)
