@@ -147,7 +147,9 @@ def is_recording(audio: Any) -> bool:
     """Return whether `audio` is a single recording rather than a list of recordings."""
     if not isinstance(audio, list | tuple):
         return True
-    return _is_rate_and_samples(audio) or (bool(audio) and all(map(_is_number, audio)))
+    if _is_rate_and_samples(audio) or _is_samples_and_rate(audio):
+        return True
+    return bool(audio) and all(map(_is_number, audio))
 
 
 @contextmanager
@@ -171,6 +173,8 @@ def _samples(source: Any, sample_rate: float | None) -> tuple[Any, int]:
             raise AudioError(f"audio is a dict with the keys {sorted(map(str, source))}: {_EXPECTED}")
     elif _is_rate_and_samples(source):
         stated, array = source
+    elif _is_samples_and_rate(source):
+        raise AudioError("audio is a tuple (array, rate); pass (rate, array) instead")
     elif isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         array = source
     elif isinstance(source, str | os.PathLike | AudioSource) or hasattr(source, "read"):
@@ -206,6 +210,12 @@ def _from_sequence(values: Any) -> np.ndarray:
 def _is_rate_and_samples(source: Any) -> bool:
     is_pair = isinstance(source, tuple) and len(source) == 2
     return is_pair and _is_number(source[0]) and not _is_number(source[1])
+
+
+def _is_samples_and_rate(source: Any) -> bool:
+    """Return whether `source` is the invalid pair (samples, rate), which other libraries return."""
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    return is_pair and isinstance(source[0], np.ndarray | torch.Tensor | list) and _is_number(source[1])
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from jahubert.errors import ConfigError
+from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 
 T = TypeVar("T")
@@ -82,14 +82,18 @@ def encode_all(
     """Encode waveforms in batches of similar length, splitting long waveforms into chunks.
 
     Args:
-        wavs: 16 kHz waveforms (T,).
+        wavs: 16 kHz waveforms (T,), floating-point and finite.
         shape: shape of one frame.
         chunk_seconds: length of the chunks. With None, every waveform is encoded as a whole.
 
     Returns:
         Frames (S, *shape) of each waveform, on the CPU. S is 0 for audio shorter than one frame.
+
+    Raises:
+        AudioError: an item is not a floating-point tensor (T,), or has NaN or infinite samples.
     """
-    chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in wavs]
+    checked = [_checked_waveform(wav, i) for i, wav in enumerate(wavs)]
+    chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in checked]
     parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
     # The (waveform, chunk) pairs are sorted by descending chunk length to reduce padding.
     pairs = [
@@ -126,6 +130,21 @@ def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
             batch = []
     if batch:
         yield batch
+
+
+def _checked_waveform(wav_T: object, i: int) -> Tensor:
+    """Check item `i` of a list of waveforms, and return it on the CPU without its gradient graph."""
+    if not isinstance(wav_T, Tensor) or wav_T.dim() != 1 or not wav_T.is_floating_point():
+        found = f"of type {type(wav_T).__name__}"
+        if isinstance(wav_T, Tensor):
+            found = f"a tensor of shape {tuple(wav_T.shape)} and type {wav_T.dtype}"
+        raise AudioError(
+            f"waveform {i} of the list is {found}, but must be a floating-point tensor (T,) at 16 kHz; "
+            "convert it with load_audio"
+        )
+    if not wav_T.isfinite().all():
+        raise AudioError(f"waveform {i} of the list contains a NaN or infinite value; remove it first")
+    return wav_T.detach().cpu()
 
 
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:

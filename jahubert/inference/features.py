@@ -15,7 +15,7 @@ from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import chunk_size, encode_all, encode_stream
-from jahubert.inference.reading import PREFETCH, prefetch_audio, run_batch
+from jahubert.inference.reading import PREFETCH, check_many, prefetch_audio, run_batch
 from jahubert.model.centroids import NearestCentroid
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
@@ -223,7 +223,12 @@ class FeatureExtractor:
             sample_rate: sampling rate of arrays in Hz (default: the rates in `audio`, or 16,000).
             batch_seconds: seconds of audio at which a batch is complete. A batch has at most 32 recordings.
             errors: "return" yields the exception for a failed recording in its place and continues.
+
+        Raises:
+            AudioError: `audio` is a single recording.
+            ConfigError: `errors` is invalid.
         """
+        check_many(audio, errors)
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
         for _, wav in prefetch_audio(audio, sample_rate):
@@ -253,7 +258,11 @@ class FeatureExtractor:
         return encode_stream(blocks, self._forward, self.grid, self.chunk_seconds or STREAM_SECONDS)
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Extract the features of 16 kHz waveforms (T,)."""
+        """Extract the features of 16 kHz waveforms (T,), which are finite floating-point tensors.
+
+        Raises:
+            AudioError: an item is not such a waveform.
+        """
         return encode_all(wavs, self._forward, self.grid, self.features.shape, self.chunk_seconds)
 
     def _forward(self, wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from jahubert.audio import AudioLike, AudioSource, load_audio
+from jahubert.audio import AudioLike, AudioSource, is_recording, load_audio
+from jahubert.errors import AudioError, ConfigError
 from jahubert.frames import SAMPLE_RATE
 from jahubert.prefetch import prefetch
 
@@ -20,6 +22,29 @@ Item = TypeVar("Item")
 
 PREFETCH = 32  # number of recordings to decode ahead
 MAX_SAMPLES = 600 * SAMPLE_RATE  # number of decoded samples (10 minutes, 38 MB) at which reading ahead pauses
+
+
+def check_many(audio: Iterable[AudioLike], errors: str) -> None:
+    """Check the arguments of a method that processes many recordings.
+
+    Raises:
+        AudioError: `audio` is a single recording.
+        ConfigError: `errors` is neither "raise" nor "return".
+    """
+    if errors not in ("raise", "return"):
+        raise ConfigError(f"errors is {errors!r}, but must be 'raise' or 'return'")
+    if isinstance(audio, np.ndarray):
+        is_single = np.issubdtype(audio.dtype, np.number)  # other arrays contain paths or recordings
+    elif isinstance(audio, list | tuple):
+        is_single = is_recording(audio)
+    else:
+        is_single = isinstance(audio, str | bytes | os.PathLike | AudioSource | Mapping | Tensor)
+        is_single = is_single or hasattr(audio, "read")
+    if is_single:
+        raise AudioError(
+            f"audio is a single recording of type {type(audio).__name__}, but must be a list of recordings; "
+            "use [audio] for one recording"
+        )
 
 
 def prefetch_audio(

@@ -25,7 +25,7 @@ from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import Calibration, confidence
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, group_words
 from jahubert.inference.fusion import DEFAULT_LM_WEIGHT, load_fusion
-from jahubert.inference.reading import read_ahead, run_batch
+from jahubert.inference.reading import check_many, read_ahead, run_batch
 from jahubert.inference.silero import check_silero
 from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.inference.writers import join_words
@@ -320,7 +320,12 @@ class Transcriber:
             progress: function that is called with the seconds of audio completed since the last call.
             on_segment: function that is called with each segment of a recording longer than 30 s as soon as
                 the segment is recognized, before the transcript of the recording is yielded.
+
+        Raises:
+            AudioError: `audio` is a single recording.
+            ConfigError: `errors` is invalid.
         """
+        check_many(audio, errors)
         batch: list[tuple[str, Tensor]] = []
         recordings = read_ahead(
             lambda item: self._open(item, sample_rate),
@@ -361,7 +366,11 @@ class Transcriber:
         return _Short(head[0].wav_T) if len(head) == 1 else _Long(head, parts)
 
     def log_probs(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Return float32 log-probabilities (S, V) on the CPU for 16 kHz waveforms (T,) of any length."""
+        """Return float32 log-probabilities (S, V) on the CPU for 16 kHz waveforms (T,) of any length.
+
+        Raises:
+            AudioError: an item is not a finite floating-point tensor (T,).
+        """
 
         def encode(wav_BT: Tensor, n_samples: list[int]) -> tuple[Tensor, Tensor]:
             with autocast(self.dtype, self.device):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +177,70 @@ def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):
             assert isinstance(features, AudioError) and item.name in str(features)
     with pytest.raises(AudioError, match=r"missing\.wav"):
         list(extractor.many(items))
+
+
+@pytest.mark.parametrize(
+    "wav",
+    [
+        noise(4_000)[None],
+        noise(8_000).reshape(2, -1),
+        torch.tensor(0.5),
+        (noise(4_000) * 1_000).to(torch.int16),
+        noise(4_000).numpy(),
+        torch.full((4_000,), torch.nan),
+        torch.cat([noise(4_000), torch.tensor([-torch.inf])]),
+    ],
+    ids=["(1, T)", "(2, T)", "scalar", "int16", "numpy", "nan", "inf"],
+)
+def test_encode_rejects_what_is_not_a_waveform(model, wav):
+    with pytest.raises(AudioError, match="waveform 1"):
+        FeatureExtractor(model, 1, device="cpu").encode([noise(4_000), wav])
+
+
+def test_encode_accepts_waveforms_that_require_gradients(model):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    (features,) = extractor.encode([noise(4_000).requires_grad_(True)])
+    assert not features.requires_grad
+    torch.testing.assert_close(features, extractor(noise(4_000)))
+
+
+@pytest.mark.parametrize(
+    "single",
+    [
+        "a.wav",
+        Path("a.wav"),
+        AudioSource("a.wav"),
+        io.BytesIO(b"RIFF"),
+        noise(8_000).reshape(2, -1),
+        noise(8_000).numpy(),
+        [0.1, 0.2],
+        (16_000, noise(4_000)),
+        (noise(4_000), 16_000),
+        {"array": noise(4_000), "sampling_rate": 16_000},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_many_rejects_a_single_recording(model, single):
+    extractor = FeatureExtractor(model, 1, device="cpu")
+    with pytest.raises(AudioError, match="list of recordings"):
+        next(extractor.many(single, errors="return"))
+
+
+def test_many_accepts_arrays_of_paths(model, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(4_000).numpy(), 16_000)
+    paths = np.array([str(tmp_path / "a.wav")] * 2)
+    assert len(list(FeatureExtractor(model, 1, device="cpu").many(paths))) == 2
+
+
+def test_many_rejects_unknown_values_of_errors(model):
+    with pytest.raises(ConfigError, match="'ignore'"):
+        next(FeatureExtractor(model, 1, device="cpu").many([noise(4_000)], errors="ignore"))
+
+
+@pytest.mark.parametrize("pair", [(noise(4_000), 16_000), (noise(4_000).numpy(), 22_050.0)])
+def test_samples_before_their_rate_are_rejected(model, pair):
+    with pytest.raises(AudioError, match=r"tuple \(array, rate\)"):
+        FeatureExtractor(model, 1, device="cpu")(pair)
 
 
 def test_encoding_errors_are_returned_for_the_recordings_that_cause_them(model, monkeypatch):

@@ -299,6 +299,17 @@ def test_errors_are_raised_or_returned(random_asr, tmp_path):
         next(stream)
 
 
+def test_invalid_lists_of_recordings_are_rejected(random_asr):
+    wav = torch.randn(8_000) * 0.1
+    for single in ("a.wav", wav, (wav, 16_000)):
+        with pytest.raises(AudioError, match="list of recordings"):
+            next(random_asr.transcribe_many(single, errors="return"))
+    with pytest.raises(ConfigError, match="'ignore'"):
+        next(random_asr.transcribe_many([wav], errors="ignore"))
+    with pytest.raises(AudioError, match="waveform 0"):
+        random_asr.log_probs([wav[None]])
+
+
 def test_recordings_are_opened_ahead_in_order(random_asr, tmp_path, monkeypatch):
     """Results equal those of single files, and the files of an unfinished iteration are closed."""
     monkeypatch.setattr("jahubert.inference.transcribe.PREFETCH", 3)
