@@ -138,3 +138,13 @@ def test_error_rate_on_real_sentences_matches_the_card(asr, shared_data):
     expected = jahubert.load_bundle(MODEL).info["per"]["test_real"]
     # The tolerance covers bfloat16 and voice activity detection.
     assert phone_error_rate(references, transcripts) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
+def test_readme_shows_the_output_of_the_model(asr, shared_data, readme):
+    text = (Path(__file__).parents[2] / readme).read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^(\S+\.ogg)\t(\S+)$", text, re.MULTILINE))
+    assert len(shown) == 4
+    for name, words in shown.items():
+        (path,) = (shared_data / "tofugu").rglob(name)
+        assert asr(path).text == words
