@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
+from jahubert.train.experiment import checksums
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.stages import targets
@@ -239,6 +241,12 @@ def test_sentences_folder_without_its_table_is_rejected(tmp_path):
         list(builtin._test_recordings(tmp_path))
 
 
+def write_record(folder: Path, metrics: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    record = {"fingerprint": "abcdef", "metrics": metrics, "outputs": checksums.describe_outputs(folder)}
+    (folder / DONE).write_text(json.dumps(record | {"record_crc32": checksums.content_crc32(record)}))
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> Path:
     """Create an experiment folder with the files that packing reads."""
@@ -256,12 +264,11 @@ def finished(tmp_path, monkeypatch) -> Path:
         "score-ngram": {},
         "decode-ngram": {"lm_weight": 0.4, "word_bonus": 2},
     }
-    (tmp_path / "exp" / "prepare").mkdir()
-    (tmp_path / "exp" / "prepare" / DONE).write_text(json.dumps({"fingerprint": "abc", "metrics": {}}))
-    for stage, values in metrics.items():
-        (system / stage).mkdir(exist_ok=True)
-        (system / stage / DONE).write_text(json.dumps({"fingerprint": "abcdef", "metrics": values}))
+    (system / "score-ngram").mkdir()
     (system / "score-ngram" / "scores.json").write_text(json.dumps({"test_low": score, "test_made": score}))
+    write_record(tmp_path / "exp" / "prepare", {})
+    for stage, values in metrics.items():
+        write_record(system / stage, values)
     write_arpa(train_ngram([["a", "m", "e"]], 2), tmp_path / "exp" / LANGUAGE_MODEL)
     return tmp_path / "exp"
 
