@@ -430,7 +430,9 @@ def forced_align(logp_SV: Tensor, labels: Sequence[int], blank: int = 0) -> list
     ]
 
 
-def group_words(spans: Iterable[Span], boundary: int, *, split_symbols: bool) -> Iterator[list[Span]]:
+def group_words(
+    spans: Iterable[Span], boundary: int, *, split_symbols: bool, max_gap: int | None = None
+) -> Iterator[list[Span]]:
     """Group aligned labels into words at boundaries, dropping the boundaries and empty words.
 
     Args:
@@ -438,9 +440,13 @@ def group_words(spans: Iterable[Span], boundary: int, *, split_symbols: bool) ->
         boundary: index of the word boundary, negative if the vocabulary has none.
         split_symbols: whether each symbol of a vocabulary without a word boundary is a word; otherwise, all
             symbols are one word.
+        max_gap: with a word boundary, largest number of frames between labels of one word; None: no limit.
     """
     word: list[Span] = []
     for span in spans:
+        if word and boundary >= 0 and max_gap is not None and span.start - word[-1].end > max_gap:
+            yield word
+            word = []
         if span.label != boundary:
             word.append(span)
         if word and (span.label == boundary or (split_symbols and boundary < 0)):

@@ -38,9 +38,9 @@ CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of t
 CHUNKS_PER_BATCH = 4
 PAUSE_SECONDS = 0.5  # length of the window for finding the clearest pause, where a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
-# Maximum gap between two labels of a word that was cut. With the built-in model, gaps inside the words of 40
+# Maximum gap between two labels of a word. With the built-in model, gaps inside the words of 40
 # recordings were at most 0.34 s, and gaps between words at the cuts of longer recordings at least 0.66 s.
-MAX_CUT_GAP_SECONDS = 0.5
+MAX_WORD_GAP_SECONDS = 0.5
 PREFETCH = 16  # number of recordings to open ahead; of each, up to 60 s are decoded and kept in memory
 BEAM_ROWS = 32  # number of segments per beam search
 SILENCE = 1e-3  # peak amplitude (-60 dBFS) below which no warning about missing speech is logged
@@ -427,7 +427,7 @@ class Transcriber:
 
         max_frames = round(CHUNK_SECONDS * self.grid.rate)
         pause = round(PAUSE_SECONDS * self.grid.rate)
-        max_gap = round(MAX_CUT_GAP_SECONDS * self.grid.rate)
+        max_gap = round(MAX_WORD_GAP_SECONDS * self.grid.rate)
         parts = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
         decoded = (result for batch in batched(parts, CHUNKS_PER_BATCH) for result in self._decode(batch))
         words: list[Word] = []
@@ -467,9 +467,10 @@ class Transcriber:
         return results
 
     def _words(self, part: Decoded) -> tuple[Word, ...]:
-        words = words_of(part.spans, self.phonemes, self.grid, self.calibration)
         if part.words is None:
-            return tuple(words)
+            max_gap = round(MAX_WORD_GAP_SECONDS * self.grid.rate)
+            return tuple(words_of(part.spans, self.phonemes, self.grid, self.calibration, max_gap))
+        words = words_of(part.spans, self.phonemes, self.grid, self.calibration)
         return tuple(replace(word, written=written) for word, written in zip(words, part.words, strict=True))
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
@@ -528,13 +529,17 @@ def join_cut_words(decoded: Iterable[Decoded], boundary: int, max_gap: int) -> I
 
 
 def words_of(
-    spans: Iterable[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration: Calibration | None = None
+    spans: Iterable[Span],
+    phonemes: PhonemeSet,
+    grid: FrameGrid,
+    calibration: Calibration | None = None,
+    max_gap: int | None = None,
 ) -> Iterator[Word]:
-    """Group aligned labels into words at the boundary symbol.
+    """Group aligned labels into words at the boundary symbol, and at gaps of more than `max_gap` frames.
 
     Without a boundary symbol, all labels are one word, because the text has no spaces.
     """
-    for group in group_words(spans, phonemes.boundary, split_symbols=False):
+    for group in group_words(spans, phonemes.boundary, split_symbols=False, max_gap=max_gap):
         yield _word(group, phonemes, grid, calibration)
 
 

@@ -147,4 +147,4 @@ def test_readme_shows_the_output_of_the_model(asr, shared_data, readme):
     assert len(shown) == 4
     for name, words in shown.items():
         (path,) = (shared_data / "tofugu").rglob(name)
-        assert asr(path).text == words
+        assert asr.transcribe(path).text == words

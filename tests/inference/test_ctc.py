@@ -222,6 +222,13 @@ def test_labels_are_grouped_into_words(labels, boundary, split_symbols, expected
     assert [span for word in words for span in word] == [span for span in spans if span.label != boundary]
 
 
+@pytest.mark.parametrize(("boundary", "expected"), [(1, [[2, 3], [4], [5]]), (-1, [[2, 3, 4, 5]])])
+def test_a_pause_ends_a_word(boundary, expected):
+    spans = [Span(2, 0, 2, -0.5), Span(3, 5, 6, -0.5), Span(4, 10, 11, -0.5), Span(5, 15, 16, -0.5)]
+    words = list(group_words(spans, boundary, split_symbols=False, max_gap=3))
+    assert [[span.label for span in word] for word in words] == expected
+
+
 def test_alignment_needs_enough_frames():
     logp = random_logp(4, 3, seed=0)
     assert [(s.start, s.end) for s in forced_align(logp, [1, 1, 2])] == [(0, 1), (2, 3), (3, 4)]
