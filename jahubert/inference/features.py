@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from jahubert.audio import AudioLike, is_recording, load_audio, stream_audio
-from jahubert.errors import CheckpointError, ConfigError
+from jahubert.errors import CheckpointError, ConfigError, quote
 from jahubert.formats.bundle import Bundle, load_bundle
 from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
@@ -54,19 +56,8 @@ class LayerFeatures(nn.Module):
         weights: Sequence[float] | Literal["learn"] | None = None,
     ):
         super().__init__()
-        top = model.config.layers
-        self.layers: list[int]
-        self.single = layer is None or isinstance(layer, int)
-        if layer is None:
-            self.layers = []
-        elif layer == "all":
-            self.layers = list(range(top + 1))
-        else:
-            self.layers = [layer] if isinstance(layer, int) else list(layer)
-        wrong = [n for n in self.layers if not isinstance(n, int) or not 0 <= n <= top]
-        if wrong or (not self.single and not self.layers):
-            value = f"layer {wrong[0]}" if wrong else "an empty list of layers"
-            raise ConfigError(f"{value} is not valid: the model has layers 0 to {top}")
+        self.single = layer is None or isinstance(layer, Integral)
+        self.layers = [] if layer is None else _layer_numbers(layer, model.config.layers)
         if weights is not None and self.single:
             raise ConfigError("weights need several layers: give layer as a list, or 'all'")
         self.hubert = model
@@ -113,6 +104,28 @@ class LayerFeatures(nn.Module):
         if weights_L is None:
             return hidden_BSLD, encoded.n_frames_B
         return torch.einsum("bsld,l->bsd", hidden_BSLD, weights_L.to(hidden_BSLD)), encoded.n_frames_B
+
+
+def _layer_numbers(layer: int | Sequence[int] | str, top: int) -> list[int]:
+    """Return the numbers of the requested layers, which may be integers of numpy, up to `top`."""
+    if isinstance(layer, str):
+        values: list[Any] = list(range(top + 1)) if layer == "all" else [layer]
+    else:
+        values = list(layer) if isinstance(layer, Iterable) else [layer]
+    if not values:
+        raise ConfigError(f"an empty list of layers is not valid: the model has layers 0 to {top}")
+    numbers = []
+    for value in values:
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:  # not an integer
+            number = -1
+        if not 0 <= number <= top:
+            raise ConfigError(
+                f"layer {quote(value)} is not valid: use integers from 0 to {top}, a list of them, or 'all'"
+            )
+        numbers.append(number)
+    return numbers
 
 
 class FeatureExtractor:

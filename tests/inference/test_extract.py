@@ -126,6 +126,29 @@ def test_several_layers_are_stacked_or_summed(model):
     assert FeatureExtractor(model, "all", device="cpu")(wavs[0]).shape[1:] == (4, 16)
 
 
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (np.int64(3), 3),
+        ([np.int64(1), np.int32(2)], [1, 2]),
+        (np.arange(2), [0, 1]),
+        (torch.arange(2), [0, 1]),
+        (range(1, 3), [1, 2]),
+    ],
+    ids=repr,
+)
+def test_layers_may_be_integers_of_numpy_and_torch(model, layer, expected):
+    wav = noise(4_000)
+    features = FeatureExtractor(model, layer, device="cpu")(wav)
+    torch.testing.assert_close(features, FeatureExtractor(model, expected, device="cpu")(wav))
+
+
+@pytest.mark.parametrize("layer", ["3", True, [1, True], 1.0, [1.5], -1, np.int64(4), ["1"]], ids=repr)
+def test_invalid_layers_are_rejected(model, layer):
+    with pytest.raises(ConfigError, match=r"layer .*0 to 3"):
+        LayerFeatures(model, layer)
+
+
 def test_layer_features_is_trainable(model):
     """Gradients reach the layer weights and the encoder up to the highest requested layer."""
     torch.manual_seed(0)
