@@ -333,7 +333,7 @@ def _read_file(path: Path) -> RawModel:
 
 
 def _build(path: Path, raw: RawModel) -> Bundle:
-    """Build modules and load their weights, checking all shapes before allocation."""
+    """Build float32 modules and load their weights, checking all shapes before allocation."""
     config = raw.config
     n_symbols = count_symbols(path, raw.weights, config.width)
     if raw.phonemes is not None and len(raw.phonemes) != n_symbols:
@@ -344,12 +344,12 @@ def _build(path: Path, raw: RawModel) -> Bundle:
     with torch.device("cpu"), _SkipRandomInit():
         if n_symbols is None:
             weights = select_tensors(path, shapes, raw.weights)
-            model = HubertModel(config)
+            model = HubertModel(config).float()
             model.load_state_dict(weights)
         else:
             head = {HEAD: (n_symbols, config.width), "lm_head.bias": (n_symbols,)}
             weights = select_tensors(path, shapes | head, raw.weights)
-            ctc = HubertForCtc(config, n_symbols)
+            ctc = HubertForCtc(config, n_symbols).float()
             model = ctc.hubert
             model.load_state_dict({name: weights[name] for name in shapes})
             ctc.lm_head.load_state_dict({name: weights[f"lm_head.{name}"] for name in ("weight", "bias")})
@@ -383,7 +383,7 @@ def _build_unit_head(path: Path, raw: RawModel) -> UnitHead:
         "final_proj.bias": (dim,),
     }
     state = select_tensors(path, shapes, raw.head)
-    head = UnitHead(raw.config.width, n_units, dim, raw.temperature)
+    head = UnitHead(raw.config.width, n_units, dim, raw.temperature).float()
     head.load_state_dict(state)
     return head.eval()
 

@@ -55,7 +55,7 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
 def chunks(blocks: Iterable[Tensor], grid: FrameGrid, seconds: float | None) -> Iterator[Chunk]:
     """Split the blocks (T,) of a recording into overlapping chunks, or join them if `seconds` is None."""
     start, keep = 0, 0
-    buffer = torch.zeros(0, device="cpu")
+    buffer = torch.zeros(0, dtype=torch.float32, device="cpu")
     if seconds is None:
         buffer = torch.cat([buffer, *blocks])
     else:
@@ -94,7 +94,7 @@ def encode_all(
     """
     checked = [_checked_waveform(wav, i) for i, wav in enumerate(wavs)]
     chunks_of = [list(chunks([wav], grid, chunk_seconds)) for wav in checked]
-    parts = [[torch.zeros(0, *shape, device="cpu")] * len(own) for own in chunks_of]
+    parts = [[torch.zeros(0, *shape, dtype=torch.float32, device="cpu")] * len(own) for own in chunks_of]
     # The (waveform, chunk) pairs are sorted by descending chunk length to reduce padding.
     pairs = [
         (i, j) for i, own in enumerate(chunks_of) for j, chunk in enumerate(own) if chunk.end > chunk.keep
@@ -150,7 +150,7 @@ def _checked_waveform(wav_T: object, i: int) -> Tensor:
 def _encode_batch(batch: list[Chunk], encode: Encode) -> list[Tensor]:
     """Encode a batch of chunks, and return the kept frames of each chunk on the CPU."""
     lengths = [len(chunk.wav_T) for chunk in batch]
-    wav_BT = torch.zeros(len(batch), max(lengths), device="cpu")
+    wav_BT = torch.zeros(len(batch), max(lengths), dtype=torch.float32, device="cpu")
     for row, chunk in zip(wav_BT, batch, strict=True):
         row[: len(chunk.wav_T)] = chunk.wav_T
     with torch.inference_mode():

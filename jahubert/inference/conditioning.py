@@ -114,7 +114,7 @@ def _remove_hum(wav_T: Tensor, power_SK: Tensor, grid: FrameGrid) -> Tensor:
 
 def _downsample(wav_T: Tensor) -> Tensor:
     """Low-pass filter a waveform (T,) without padding, and downsample it by `_DECIMATION` to float64 (N,)."""
-    taps = torch.hann_window(_TAPS, periodic=False, device=wav_T.device)
+    taps = torch.hann_window(_TAPS, periodic=False, dtype=torch.float32, device=wav_T.device)
     taps_BD = (taps / taps.sum()).view(-1, _DECIMATION)
     n_blocks = len(wav_T) // _DECIMATION
     products_BN = taps_BD @ wav_T[: n_blocks * _DECIMATION].view(n_blocks, _DECIMATION).T

@@ -21,7 +21,7 @@ from jahubert.inference.reading import PREFETCH, check_many, prefetch_audio, run
 from jahubert.model.centroids import NearestCentroid
 from jahubert.model.device import pick_device
 from jahubert.model.hubert import HubertModel
-from jahubert.model.precision import PRECISIONS, autocast
+from jahubert.model.precision import PRECISIONS, autocast, check_parameter_dtypes
 
 Layers = int | Sequence[int] | Literal["all"] | None
 STREAM_SECONDS = 30.0  # default chunk length of `FeatureExtractor.stream`
@@ -143,7 +143,8 @@ class FeatureExtractor:
             memory. By default, every recording is encoded as a whole.
 
     Raises:
-        ConfigError: the layers, weights, device, dtype or chunk length are invalid.
+        ConfigError: the layers, weights, device, dtype or chunk length are invalid, or autocast to `dtype`
+            does not support the dtype of the model.
     """
 
     def __init__(
@@ -158,6 +159,9 @@ class FeatureExtractor:
     ):
         if dtype not in PRECISIONS:
             raise ConfigError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
+        # Without autocast, the encoder computes in the dtype of its parameters.
+        if dtype is not torch.float32:
+            check_parameter_dtypes(model, (torch.float32, dtype))
         self.device = pick_device(device)
         self.dtype = dtype
         self.chunk_seconds = chunk_seconds

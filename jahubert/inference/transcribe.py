@@ -31,7 +31,13 @@ from jahubert.inference.vad import Segment, cut_at_pauses, suppress_nonspeech
 from jahubert.inference.writers import join_words
 from jahubert.model.device import pick_device
 from jahubert.model.heads import HubertForCtc
-from jahubert.model.precision import PRECISIONS, autocast, preferred_dtype, quantize_int8
+from jahubert.model.precision import (
+    PRECISIONS,
+    autocast,
+    check_parameter_dtypes,
+    preferred_dtype,
+    quantize_int8,
+)
 from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
@@ -191,8 +197,9 @@ class Transcriber:
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
-        ConfigError: the beam, vad, device or dtype is invalid, a weight or bonus has no effect or is not
-            finite, or a lexicon is given for symbols without a word boundary.
+        ConfigError: the beam, vad, device or dtype is invalid, the model is not float32 (or, with
+            dtype=torch.float32, float64), a weight or bonus has no effect or is not finite, or a lexicon is
+            given for symbols without a word boundary.
         DataError: the language model or lexicon is invalid.
         MissingExtraError: silero-vad is not installed.
     """
@@ -240,6 +247,8 @@ class Transcriber:
         self.calibration = calibration
         self.device = pick_device(device)
         self.dtype = preferred_dtype(self.device) if dtype is None else dtype
+        exact = self.dtype is torch.float32
+        check_parameter_dtypes(model, (torch.float32, torch.float64) if exact else (torch.float32,))
         if self.dtype is torch.int8:
             self.model = quantize_int8(model, self.device)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -50,6 +51,21 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert a tensor to float32 unless its own dtype is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_parameter_dtypes(model: nn.Module, supported: Sequence[torch.dtype]) -> None:
+    """Check that the floating-point parameters of a model have one of the supported dtypes.
+
+    Raises:
+        ConfigError: a parameter has another dtype.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in supported:
+            raise ConfigError(
+                f"the parameter {name} of the model is {parameter.dtype}, but must be "
+                f"{' or '.join(map(str, supported))}; convert the model with model.float(), and choose the "
+                "precision of the computation with dtype"
+            )
 
 
 def quantize_int8(model: T, device: torch.device) -> T:

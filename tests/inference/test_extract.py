@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import subprocess
@@ -184,6 +185,25 @@ def test_low_precision_is_close(model, dtype):
     near = FeatureExtractor(model, 2, device="cpu", dtype=dtype)(wav)
     assert near.dtype == torch.float32 and not torch.equal(near, exact)
     assert float((near - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float64, torch.bfloat16),
+    ],
+)
+def test_autocast_of_a_model_of_another_dtype_is_rejected(model, own, dtype):
+    with pytest.raises(ConfigError, match=str(own)):
+        FeatureExtractor(copy.deepcopy(model).to(own), device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_return_float32_features(model, own):
+    extractor = FeatureExtractor(copy.deepcopy(model).to(own), device="cpu")
+    assert extractor(noise(4_000)).dtype == torch.float32
 
 
 def test_many_preserves_order_and_reports_errors_in_place(model, tmp_path):

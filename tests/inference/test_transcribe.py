@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -297,6 +298,36 @@ def test_errors_are_raised_or_returned(random_asr, tmp_path):
     assert isinstance(next(stream), jahubert.Transcript)
     with pytest.raises(AudioError, match=r"bad\.wav"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+        (torch.float64, torch.int8),
+    ],
+)
+def test_models_of_unsupported_dtypes_are_rejected(ctc, own, dtype):
+    with pytest.raises(ConfigError, match=str(own)):
+        Transcriber(copy.deepcopy(ctc).to(own), PHONEMES, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_results_do_not_depend_on_the_default_dtype(ctc, tmp_path, dtype):
+    bundle = save_bundle(tmp_path / "b", ctc=ctc, phonemes=PHONEMES)
+    wav = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    asr = Transcriber.from_pretrained(bundle, beam=5, device="cpu", vad=False, dtype=dtype)
+    expected, logps = asr.transcribe(wav), asr.log_probs([wav, wav[:399]])
+    torch.set_default_dtype(torch.float64)
+    try:
+        asr = Transcriber.from_pretrained(bundle, beam=5, device="cpu", vad=False, dtype=dtype)
+        found, found_logps = asr.transcribe(wav), asr.log_probs([wav, wav[:399]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found_logps, logps)  # compares dtypes also
+    assert_same(found, expected)
 
 
 def test_invalid_lists_of_recordings_are_rejected(random_asr):
