@@ -78,6 +78,8 @@ def encode_all(
     grid: FrameGrid,
     shape: Sequence[int],
     chunk_seconds: float | None,
+    *,
+    one_by_one: bool = False,
 ) -> list[Tensor]:
     """Encode waveforms in batches of similar length, splitting long waveforms into chunks.
 
@@ -85,6 +87,7 @@ def encode_all(
         wavs: 16 kHz waveforms (T,), floating-point and finite.
         shape: shape of one frame.
         chunk_seconds: length of the chunks. With None, every waveform is encoded as a whole.
+        one_by_one: whether to encode every chunk on its own instead of in batches.
 
     Returns:
         Frames (S, *shape) of each waveform, on the CPU. S is 0 for audio shorter than one frame.
@@ -100,7 +103,8 @@ def encode_all(
         (i, j) for i, own in enumerate(chunks_of) for j, chunk in enumerate(own) if chunk.end > chunk.keep
     ]
     pairs.sort(key=lambda pair: -len(chunks_of[pair[0]][pair[1]].wav_T))
-    for batch in _batches(pairs, [len(chunks_of[i][j].wav_T) for i, j in pairs]):
+    lengths = [len(chunks_of[i][j].wav_T) for i, j in pairs]
+    for batch in batched(pairs, 1) if one_by_one else _batches(pairs, lengths):
         encoded = _encode_batch([chunks_of[i][j] for i, j in batch], encode)
         for (i, j), frames in zip(batch, encoded, strict=True):
             parts[i][j] = frames

@@ -386,7 +386,10 @@ class Transcriber:
                 encoded: tuple[Tensor, Tensor] = self.model(wav_BT.to(self.device), n_samples)
             return encoded
 
-        return encode_all(wavs, encode, self.grid, (len(self.phonemes),), CHUNK_SECONDS)
+        # The scales of int8 activations are computed per batch, so results would depend on the batch.
+        one_by_one = self.dtype is torch.int8
+        shape = (len(self.phonemes),)
+        return encode_all(wavs, encode, self.grid, shape, CHUNK_SECONDS, one_by_one=one_by_one)
 
     def _transcribe_batch(
         self, recordings: list[tuple[str, Tensor]], errors: str, progress: Progress | None

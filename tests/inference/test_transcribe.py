@@ -283,6 +283,21 @@ def test_results_do_not_depend_on_the_batch(random_asr, tmp_path):
             assert_same(one, other)
 
 
+def test_int8_results_do_not_depend_on_the_batch(ctc):
+    """The scale of quantized activations depends on all recordings that are encoded together."""
+    asr = Transcriber(ctc, PHONEMES, beam=5, device="cpu", vad=False, conditioning=False, dtype=torch.int8)
+    generator = torch.Generator().manual_seed(1)
+    wavs = [
+        torch.randn(n, generator=generator) * level
+        for n, level in ((16_000, 0.1), (9_001, 0.9), (560_000, 0.01))
+    ]
+    together = asr.log_probs(wavs)
+    for wav, logp_SV in zip(wavs, together, strict=True):
+        assert logp_SV.equal(asr.log_probs([wav])[0])
+    first_chunk = next(chunks([wavs[2]], asr.grid, CHUNK_SECONDS))
+    assert together[2][: first_chunk.end].equal(asr.log_probs([first_chunk.wav_T])[0][: first_chunk.end])
+
+
 def test_arrays_are_resampled(random_asr):
     wav = np.random.default_rng(0).normal(0, 0.1, 8_000).astype(np.float32)
     assert random_asr.transcribe(wav, sample_rate=8_000).duration == pytest.approx(1.0)
