@@ -51,6 +51,8 @@ def convert(
     _check_target(target, to)
     bundle = load_bundle(source)
     notes = list(bundle.notes)
+    if to != "hf":
+        notes += _dropped_parts(bundle, to)
     if to == "hf":
         _write_bundle(target, bundle)
     elif to == "onnx":
@@ -154,11 +156,21 @@ def _write_file(target: Path, bundle: Bundle, to: str) -> list[str]:
         notes = write_torchaudio(target, bundle.model, **parts)
         if bundle.special_rows is not None:
             notes.append("codebook: fairseq's four special rows were dropped")
-    if bundle.centroids_KD is not None:
-        notes.append(f"centroids: {to} files cannot store them, so they were dropped")
-    if set(bundle.info) - set(INFO_KEYS):
-        notes.append(f"origin of the model (jahubert.json): {to} files cannot store it, so it was dropped")
     return notes
+
+
+def _dropped_parts(bundle: Bundle, to: str) -> list[str]:
+    """Return one message for each part of the bundle that no file in the format can store."""
+    parts = {
+        "pretraining head": to == "onnx" and bundle.unit_head is not None,
+        "centroids": bundle.centroids_KD is not None,
+        "n-gram": bundle.language_model is not None,
+        "confidence calibration": "confidence" in bundle.info,
+        "origin of the model (jahubert.json)": bool(set(bundle.info) - {*INFO_KEYS, "confidence"}),
+    }
+    return [
+        f"{part}: dropped, because {to} files cannot store this" for part, exists in parts.items() if exists
+    ]
 
 
 def _matching_rows(first: Bundle, second: Bundle) -> dict[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 from dataclasses import replace
@@ -24,7 +25,7 @@ from fixtures.foreign import (
 from jahubert.cli import main as cli
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.atomic import temporary_path
-from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertModel
@@ -177,6 +178,29 @@ def test_normalization_epsilons_differ_on_quiet_audio(tmp_path):
         expected = torch.nn.functional.layer_norm(wav_T, wav_T.shape)
     torch.testing.assert_close(other.normalize(wav_T), expected)
     assert (a - b).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq", "torchaudio", "onnx"])
+def test_notes_name_every_part_that_is_dropped(tmp_path, monkeypatch, to):
+    monkeypatch.setattr("jahubert.formats.convert._write_onnx", lambda target, bundle: 0.0)
+    model, phonemes = model_of(KINDS["base"]), PhonemeSet.standard()
+    (tmp_path / "ngram.arpa.gz").write_bytes(gzip.compress(b"an n-gram"))
+    save_bundle(
+        tmp_path / "bundle",
+        ctc=HubertForCtc(model.config, len(phonemes), model),
+        phonemes=phonemes,
+        unit_head=UnitHead(48, UNITS),
+        centroids_KD=torch.randn(4, 48),
+        centroid_layer=1,
+        info={"confidence": {"bias": 1.0, "mean": 1.0, "lowest": 1.0}, "recipe": "demo"},
+        language_model=LanguageModel(tmp_path / "ngram.arpa.gz", 0.4, 2.0),
+    )
+    done = convert(tmp_path / "bundle", tmp_path / {"hf": "out", "onnx": "out.onnx"}.get(to, "out.pt"), to)
+    notes = [note.partition(":")[0] for note in done.notes]
+    assert len(set(notes)) == len(notes)
+    head = "projection of the pretraining head" if to == "fairseq" else "pretraining head"
+    dropped = {head, "centroids", "n-gram", "confidence calibration", "origin of the model (jahubert.json)"}
+    assert dropped & set(notes) == (set() if to == "hf" else dropped)
 
 
 def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, capsys):
