@@ -92,6 +92,9 @@ def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def transcribe(args: argparse.Namespace) -> int:
+    for option, file in (("--lm", args.lm), ("--lexicon", args.lexicon)):
+        if file == "":
+            raise ConfigError(f"{option} is empty; give a file")
     output = parse_output(args)
     inputs, empty = find_inputs(args.audio, output.folder, output.endings)
     import torch
@@ -242,12 +245,13 @@ def units(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     from jahubert.formats.bundle import load_bundle
+    from jahubert.formats.hub import model_name
 
     bundle = load_bundle(args.source)
     n_parameters = sum(p.numel() for p in (bundle.ctc or bundle.model).parameters())
     config, centroids = bundle.config, bundle.centroids_KD
     facts: dict[str, Any] = {
-        "model": str(args.source),
+        "model": model_name(args.source),
         "parameters": n_parameters if args.json else f"{n_parameters:,}",
         "layers": config.layers,
         "width": config.width,
@@ -511,7 +515,10 @@ def audio_commands(command: Command) -> None:
         help="encoder layer (default: the encoder's output); 3,6,9 or all gives (frames, layers, dim)",
     )  # fmt: skip
     sub.add_argument(
-        "--weights", type=numbers, metavar="W,W", help="one weight per layer, to write a weighted sum"
+        "--weights",
+        type=numbers,
+        metavar="W,W",
+        help="one weight per layer, to write a weighted sum (for a negative first weight: --weights=-W,W)",
     )
     dtype(sub, "float32")
     chunked(sub)
@@ -526,7 +533,7 @@ def audio_commands(command: Command) -> None:
 def model_commands(command: Command) -> None:
     """Add the subcommands for models."""
     sub = command(info, "show model information")
-    sub.add_argument("source", metavar="SRC", help=MODEL)
+    sub.add_argument("source", nargs="?", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
     sub.add_argument("--json", action="store_true", help="print all information as JSON")
 
     sub = command(convert, "convert a model and verify the result, or export units or a corpus")

@@ -7,6 +7,7 @@ describes the effects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,8 +41,10 @@ def chunk_size(grid: FrameGrid, seconds: float) -> tuple[int, int]:
     """Return the length of a chunk and the overlap between chunks, in samples.
 
     Raises:
-        ConfigError: a chunk is shorter than two overlaps.
+        ConfigError: `seconds` is not a finite number, or a chunk is shorter than two overlaps.
     """
+    if not math.isfinite(seconds):
+        raise ConfigError(f"the length of chunks must be a finite number of seconds, but is {seconds}")
     overlap = grid.floor(round(OVERLAP_SECONDS * SAMPLE_RATE))
     chunk = grid.floor(round(seconds * SAMPLE_RATE))
     if chunk < 2 * overlap:

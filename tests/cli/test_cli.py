@@ -166,6 +166,13 @@ def test_info_prints_model_properties(bundle, capsys):
     assert content["config"]["width"] == 16 and len(content["symbols"]) == 42
 
 
+def test_info_describes_the_builtin_model_by_default(bundle, capsys, monkeypatch):
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: Path(bundle))
+    assert main(["info", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["model"] == "the built-in model" and content["config"]["width"] == 16
+
+
 def test_status_rejects_a_folder_without_stages(tmp_path, capsys):
     pytest.importorskip("jahubert.train.experiment.provenance")
     assert main(["status", str(tmp_path)]) == 2
@@ -189,6 +196,10 @@ def test_status_rejects_a_folder_without_stages(tmp_path, capsys):
         (["transcribe", "data", "--model", "{bundle}", "-o", "data/a.wav/out"], "data/a.wav is a file"),
         (["features", "data", "--model", "{bundle}", "-o", "out", "--layer", "3"], "layer 3"),
         (["units", "data", "--model", "{bundle}", "--chunk", "1"], "too short"),
+        (["units", "data", "--model", "{bundle}", "--chunk", "nan"], "nan"),
+        (["features", "data", "--model", "{bundle}", "-o", "out", "--chunk", "inf"], "inf"),
+        (["transcribe", "data", "--model", "{bundle}", "--lm", ""], "--lm is empty"),
+        (["transcribe", "data", "--model", "{bundle}", "--lexicon", ""], "--lexicon is empty"),
         (["info", "data"], "config.json"),
     ],
 )
