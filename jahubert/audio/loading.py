@@ -241,10 +241,10 @@ def _check_array(source: np.ndarray | torch.Tensor) -> None:
             f"audio arrays must be (T,), (channels, T) or (T, channels), but the shape is {shape}"
         )
     if isinstance(source, torch.Tensor):
-        is_float = source.is_floating_point()
+        is_float, dtype = source.is_floating_point(), str(source.dtype).removeprefix("torch.")
     else:
-        is_float = np.issubdtype(source.dtype, np.floating)
-    dtype = str(source.dtype).removeprefix("torch.")
+        # Unlike `str(dtype)`, the name does not depend on the byte order.
+        is_float, dtype = np.issubdtype(source.dtype, np.floating), source.dtype.name
     if not is_float and dtype not in ("uint8", "int8", "int16", "int32"):
         raise AudioError(
             f"audio arrays must contain floats, uint8, int8, int16 or int32, but the dtype is {dtype}"
