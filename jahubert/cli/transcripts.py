@@ -37,10 +37,8 @@ class Output:
 
     def make_writer(self, progress: CommandProgress) -> TranscriptWriter:
         """Create the writer for the destination, and print the header, if any, to standard output."""
-        if self.file is not None:
-            return FileWriter(self.file, self.formats[0], self.phonemes, progress)
-        if self.folder is not None:
-            return FolderWriter(Path(self.folder), self.formats, self.phonemes, progress)
+        if self.file is not None or self.folder is not None:
+            return FileWriter(self, progress)
         (format,) = self.formats
         if format == "text":
             return TextPrinter(self.phonemes, self.named, progress)
@@ -48,6 +46,13 @@ class Output:
             print(writers.TSV_HEADER, end="")  # one header for all recordings
             return Printer(writers.tsv_rows, progress)
         return Printer(partial(writers.render, format=format, phonemes=self.phonemes), progress)
+
+    def save(self, transcript: Transcript, base: Path) -> None:
+        """Write a transcript to the file, or to files in the folder with the path `base` plus suffixes."""
+        if self.file is not None:
+            writers.save_file(transcript, self.file, self.formats[0], self.phonemes)
+        elif self.folder is not None:
+            writers.save(transcript, Path(self.folder, base), self.formats, self.phonemes)
 
 
 def parse_output(args: argparse.Namespace) -> Output:
@@ -117,35 +122,17 @@ class TranscriptWriter:
 
 @dataclass
 class FileWriter(TranscriptWriter):
-    """Writer of the single transcript to a file."""
+    """Writer of each transcript to the file or the folder of an `Output`."""
 
-    path: Path
-    format: str
-    phonemes: bool
-    progress: CommandProgress
-
-    def write(self, transcript: Transcript) -> None:
-        try:
-            writers.save_file(transcript, self.path, self.format, self.phonemes)
-        except OSError as error:
-            self.progress.add_failure(transcript.audio, error)
-
-
-@dataclass
-class FolderWriter(TranscriptWriter):
-    """Writer of one file per recording and format to a folder."""
-
-    folder: Path
-    formats: list[str]
-    phonemes: bool
+    output: Output
     progress: CommandProgress
 
     def start(self, item: Input) -> None:
-        self.base = self.folder / item.base
+        self.base = item.base
 
     def write(self, transcript: Transcript) -> None:
         try:
-            writers.save(transcript, self.base, self.formats, self.phonemes)
+            self.output.save(transcript, self.base)
         except OSError as error:
             self.progress.add_failure(transcript.audio, error)
 

@@ -73,6 +73,7 @@ from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.phonemes import PhonemeSet
 
 FORMAT = 1
+CALIBRATION_KEY = "confidence"  # key of jahubert.json for the calibration of word confidences
 # Keys of jahubert.json that `save_bundle` sets itself.
 INFO_KEYS = (
     "format", "config", "temperature", "phonemes", "centroid_layer", "language_model", "weights", "files",

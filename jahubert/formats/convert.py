@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.atomic import atomic_path, remove_leftovers
-from jahubert.formats.bundle import INFO_KEYS, Bundle, load_bundle, save_bundle
+from jahubert.formats.bundle import CALIBRATION_KEY, INFO_KEYS, Bundle, load_bundle, save_bundle
 from jahubert.formats.fairseq import write_fairseq
 from jahubert.formats.torchaudio import write_torchaudio
 from jahubert.formats.typed_fields import read_json
@@ -165,8 +165,8 @@ def _dropped_parts(bundle: Bundle, to: str) -> list[str]:
         "pretraining head": to == "onnx" and bundle.unit_head is not None,
         "centroids": bundle.centroids_KD is not None,
         "n-gram": bundle.language_model is not None,
-        "confidence calibration": "confidence" in bundle.info,
-        "origin of the model (jahubert.json)": bool(set(bundle.info) - {*INFO_KEYS, "confidence"}),
+        "confidence calibration": CALIBRATION_KEY in bundle.info,
+        "origin of the model (jahubert.json)": bool(set(bundle.info) - {*INFO_KEYS, CALIBRATION_KEY}),
     }
     return [
         f"{part}: dropped, because {to} files cannot store this" for part, exists in parts.items() if exists

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jahubert.audio import AudioLike, AudioSource, stream_audio
 from jahubert.errors import CheckpointError, ConfigError, DataError
-from jahubert.formats.bundle import load_bundle
+from jahubert.formats.bundle import CALIBRATION_KEY, load_bundle
 from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
@@ -268,13 +268,18 @@ class Transcriber:
                 f"{model_name(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
                 "the finetune stage, or another CTC model"
             )
-        if (stored := bundle.info.get("confidence")) is not None:
+        if (stored := bundle.info.get(CALIBRATION_KEY)) is not None:
             options.setdefault("calibration", Calibration.from_json(stored))
         if bundle.language_model is not None and "lm" not in options and options.get("lexicon") is None:
             options["lm"] = bundle.language_model.path
             options.setdefault("lm_weight", bundle.language_model.weight)
             options.setdefault("word_bonus", bundle.language_model.word_bonus)
         return cls(bundle.ctc, bundle.phonemes, **options)
+
+    @property
+    def _max_gap(self) -> int:
+        """Maximum number of frames between two labels of a word."""
+        return round(MAX_WORD_GAP_SECONDS * self.grid.rate)
 
     @property
     def grid(self) -> FrameGrid:
@@ -439,13 +444,12 @@ class Transcriber:
 
         max_frames = round(CHUNK_SECONDS * self.grid.rate)
         pause = round(PAUSE_SECONDS * self.grid.rate)
-        max_gap = round(MAX_WORD_GAP_SECONDS * self.grid.rate)
         parts = cut_at_pauses(log_probs(), max_frames, pause, self.phonemes.blank)
         decoded = (result for batch in batched(parts, CHUNKS_PER_BATCH) for result in self._decode(batch))
         words: list[Word] = []
         starts: list[int] = []
         total_score = 0.0
-        for part in join_cut_words(decoded, self.phonemes.boundary, max_gap):
+        for part in join_cut_words(decoded, self.phonemes.boundary, self._max_gap):
             total_score += part.score
             segment = TranscriptSegment(self._words(part))
             if segment.words:
@@ -479,10 +483,10 @@ class Transcriber:
         return results
 
     def _words(self, part: Decoded) -> tuple[Word, ...]:
+        max_gap = self._max_gap if part.words is None else None  # a word of a lexicon is never divided
+        words = words_of(part.spans, self.phonemes, self.grid, self.calibration, max_gap)
         if part.words is None:
-            max_gap = round(MAX_WORD_GAP_SECONDS * self.grid.rate)
-            return tuple(words_of(part.spans, self.phonemes, self.grid, self.calibration, max_gap))
-        words = words_of(part.spans, self.phonemes, self.grid, self.calibration)
+            return tuple(words)
         return tuple(replace(word, written=written) for word, written in zip(words, part.words, strict=True))
 
     def _search(self, logps: list[Tensor]) -> list[Hypothesis]:

@@ -26,7 +26,7 @@ import jahubert
 from jahubert import run
 from jahubert.errors import ConfigError, DataError, UserError
 from jahubert.formats.atomic import atomic_folder
-from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
+from jahubert.formats.bundle import CALIBRATION_KEY, LanguageModel, load_bundle, save_bundle
 from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.data.manifest import Manifest
@@ -220,7 +220,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
     info = {"name": NAME, "license": LICENSE, "attribution": ATTRIBUTION, "run": record["fingerprint"]}
     calibration = score / "calibration.json"
     if calibration.is_file():
-        info["confidence"] = json.loads(calibration.read_text(encoding="utf-8"))
+        info[CALIBRATION_KEY] = json.loads(calibration.read_text(encoding="utf-8"))
     info["per"] = {name: round(scores[name]["per"]["rate"], 4) for name in SETS if name in scores}
     with atomic_folder(target) as folder:
         centroids_KD, layer = units or (None, None)

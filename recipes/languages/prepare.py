@@ -27,9 +27,7 @@ class Config:
     language: str = "japanese"  # language of the training split: japanese or other
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for language=other
     minutes: float = 90.0  # duration of the training split in minutes
-    speakers: int | None = (
-        None  # with language=other: only that many speakers, those with the longest recordings
-    )
+    speakers: int | None = None  # with language=other: number of speakers, those with the most audio
     clips: Clips = field(default_factory=lambda: Clips(speeds=()))
 
     def __post_init__(self) -> None:

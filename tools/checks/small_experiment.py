@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jahubert.cli import main as cli
-from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
+from jahubert.formats.bundle import CALIBRATION_KEY, LanguageModel, load_bundle, save_bundle
 from jahubert.inference.confidence import Calibration
 from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
@@ -118,7 +118,7 @@ def write_model(exp: Path, folder: Path) -> None:
         folder,
         ctc=bundle.ctc,
         phonemes=bundle.phonemes,
-        info={"confidence": Calibration(1.0, 2.0, 0.5).to_json()},
+        info={CALIBRATION_KEY: Calibration(1.0, 2.0, 0.5).to_json()},
         language_model=LanguageModel(exp / "phones.arpa.gz", 0.5, 20.0),
     )
 
