@@ -158,7 +158,8 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
             for shard in shards:
                 units = []
                 for _, unit_S in islice(labels, len(writer.rows(shard))):
-                    units.append(unit_S.numpy())
+                    # The copy takes less memory and, on a GPU, releases the page-locked memory of the tensor.
+                    units.append(unit_S.numpy().astype(header.dtype))
                     done(1)
                 writer.write(shard, units)
     distributed.barrier()

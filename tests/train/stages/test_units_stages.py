@@ -30,7 +30,7 @@ from jahubert.train.clustering.streaming import (
     save_centroids,
     stream_features,
 )
-from jahubert.train.data.labels import LabelStore
+from jahubert.train.data.labels import LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.evaluation import layer_quality
 from jahubert.train.evaluation.layer_quality import PhoneFrames
@@ -320,6 +320,20 @@ def test_malformed_centroid_headers_are_rejected(whole, tmp_path, change):
     save_centroids(tmp_path / "a.safetensors", centroids_KD[:0], header)
     with pytest.raises(DataError, match=r"a\.safetensors"):
         load_centroids(tmp_path / "a.safetensors")
+
+
+def test_units_are_copied_to_the_dtype_of_the_store_at_once(corpus, whole, tmp_path, monkeypatch):
+    """Otherwise, a shard would consist of 64-bit integers, from a GPU in page-locked memory."""
+    shards, write = [], LabelWriter.write
+
+    def recorded(self, shard, units):
+        shards.append(units)
+        write(self, shard, units)
+
+    monkeypatch.setattr(LabelWriter, "write", recorded)
+    label.run(stages(corpus, whole)["label"], tmp_path / "label")
+    assert len(shards) == -(-N // SHARD)
+    assert all(unit_S.dtype == np.uint8 and unit_S.flags.owndata for units in shards for unit_S in units)
 
 
 def test_label_store_is_compared_with_another(corpus, whole, tmp_path, caplog):
