@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,15 @@ from jahubert.train.pipeline.signals import check_stop
 
 log = logging.getLogger("jahubert")
 
+# Options of torch's CUDA allocator. torch 2.6 to 2.9 read the second variable; 2.9 warns unless the first one
+# is set too. Later releases read both. With ROCm, the last one is also read.
+_ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 def start(overrides: Sequence[str]) -> int:
     """Run the stages in this process or in the configured number of processes. Return the exit status."""
     n_processes = processes_to_launch(overrides)
+    configure_allocator(os.environ)
     check_stop()
     if n_processes > 1:
         from jahubert.train.experiment import distributed
@@ -30,6 +35,16 @@ def start(overrides: Sequence[str]) -> int:
         return distributed.launch([sys.executable, "-m", "jahubert.run", *overrides], n_processes)
     run(overrides)
     return 0
+
+
+def configure_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let torch's CUDA allocator extend its segments, which reduces fragmentation.
+
+    An option that the user has set is kept. The allocator reads the environment when it is first used. Other
+    systems than Linux have no expandable segments.
+    """
+    if sys.platform == "linux" and not any(name in environment for name in _ALLOCATOR_OPTIONS):
+        environment.update(dict.fromkeys(_ALLOCATOR_OPTIONS[:2], "expandable_segments:True"))
 
 
 def run(overrides: Sequence[str]) -> None:

@@ -1,8 +1,10 @@
-"""Tests of the machine presets, and of the conversion of SLURM variables for torch.distributed."""
+"""Tests of the machine presets, SLURM variables for torch.distributed, and options of the CUDA allocator."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 
 import pytest
 
@@ -108,6 +110,24 @@ def test_batch_script_and_torchrun_environments_are_unchanged():
     ):
         command.join_slurm(environment := dict(before))
         assert environment == before
+
+
+def test_allocator_extends_its_segments(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    seen = {}
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(runner, "run", lambda overrides: seen.update(os.environ))
+    assert runner.start(["recipe=demo", "stage=label"]) == 0
+    assert seen["PYTORCH_ALLOC_CONF"] == seen["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_HIP_ALLOC_CONF" not in seen
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_allocator_options_of_the_user_are_kept(name):
+    before = {name: "max_split_size_mb:256"}
+    runner.configure_allocator(environment := dict(before))
+    assert environment == before
 
 
 def test_slurm_launcher_config_is_valid():
