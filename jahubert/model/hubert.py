@@ -59,7 +59,8 @@ class Encoded:
     hidden_BSD: Tensor
     n_frames_B: Tensor  # number of valid frames in each utterance, int64
     layers: dict[int, Tensor] = field(default_factory=dict)  # kept block outputs; 0 is the input of block 1
-    conv_penalty: Tensor | None = None  # mean square of the conv features (float32), only in training
+    # Mean square of the conv features of each utterance (float32), only in training
+    conv_penalty_B: Tensor | None = None
 
 
 register_pytree_node(  # torch.export requires this
@@ -339,7 +340,7 @@ class HubertModel(nn.Module):
             if padding != "unmasked":
                 valid_BS = length_mask(n_frames_B, features_BSC.shape[1])
         features_BSC = scale_gradient(features_BSC, self.config.conv_grad_scale)
-        penalty = mean_square(features_BSC, valid_BS) if self.training else None
+        penalty_B = mean_square(features_BSC, valid_BS) if self.training else None
         x_BSD = self.feature_projection(features_BSC)
         if mask_BS is not None:
             x_BSD = torch.where(mask_BS[..., None], self.masked_spec_embed.to(x_BSD.dtype), x_BSD)
@@ -349,7 +350,7 @@ class HubertModel(nn.Module):
         if valid_BS is not None:
             x_BSD = x_BSD.masked_fill(~valid_BS[..., None], 0.0)
             layers = {number: x.masked_fill(~valid_BS[..., None], 0.0) for number, x in layers.items()}
-        return Encoded(x_BSD, n_frames_B, layers, penalty)
+        return Encoded(x_BSD, n_frames_B, layers, penalty_B)
 
     def _check_layers(self, last_layer: int | None, keep_layers: Collection[int]) -> None:
         top = self.config.layers if last_layer is None else last_layer

@@ -110,7 +110,8 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def mean_square(x_BSC: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """Return the mean square of the valid frames in float32."""
+    """Return the mean square (B,) of the valid frames of each utterance in float32."""
+    square_BS = x_BSC.float().square().mean(-1)
     if valid_BS is None:
-        return x_BSC.float().square().mean()
-    return x_BSC.float().square().mean(-1).masked_fill(~valid_BS, 0.0).sum() / valid_BS.sum()
+        return square_BS.mean(-1)
+    return square_BS.masked_fill(~valid_BS, 0.0).sum(-1) / valid_BS.sum(-1)

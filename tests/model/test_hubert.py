@@ -263,7 +263,8 @@ def test_invalid_batches_and_layers_are_rejected():
 
 def test_conv_penalty_is_the_mean_square_of_valid_features():
     model = HubertModel(BASE_LIKE).train()
-    wav_BT = torch.randn(1, 6400)
-    features_BSC = model.feature_extractor(wav_BT)
-    penalty = model(wav_BT).conv_penalty
-    assert math.isclose(penalty.item(), features_BSC.pow(2).mean().item(), rel_tol=1e-5)
+    wav_BT, n_samples = torch.randn(2, 6400), [6400, 4000]
+    penalty_B = model(wav_BT, n_samples).conv_penalty_B
+    for penalty, wav_T, n in zip(penalty_B, wav_BT, n_samples, strict=True):
+        features_BSC = model.feature_extractor(wav_T[None, :n])
+        assert math.isclose(penalty.item(), features_BSC.pow(2).mean().item(), rel_tol=1e-5)

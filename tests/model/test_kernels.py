@@ -85,9 +85,9 @@ def test_model_with_kernels_equals_the_plain_model(config, training, padding, le
     assert fast.layers.keys() == plain.layers.keys() == {0, 2}
     pairs = [(fast.hidden_BSD, plain.hidden_BSD), *((fast.layers[n], plain.layers[n]) for n in (0, 2))]
     if training:
-        pairs.append((fast.conv_penalty, plain.conv_penalty))
+        pairs.append((fast.conv_penalty_B, plain.conv_penalty_B))
     else:
-        assert fast.conv_penalty is None and plain.conv_penalty is None
+        assert fast.conv_penalty_B is None and plain.conv_penalty_B is None
     for output, expected in pairs:
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-5)
     parameters = [p for name, p in model.named_parameters() if name != "masked_spec_embed"]

@@ -16,6 +16,7 @@ from peers import importable
 
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.hubert import HubertModel
+from jahubert.model.kernels import Packing
 
 
 def write_flac(path: Path, seconds: float, seed: int) -> int:
@@ -125,7 +126,13 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
     if step_rate := report.value(f"{MICRO_BATCH}: jahubert"):
         report.add(f"{name}: share of the step's rate", 100 * rate / step_rate, "%")
     report.add(f"{name}: waiting for data", 100 * waiting, "%", workers=str(config.workers))
-    report.add(f"{name}: padding", 100 * rows[-1]["padding"], "%")
+    frames, packed = 0, 0
+    for micro in data.sampler.update(0, 0):
+        n_frames = [int(n_frames) for n_frames in HUBERT.n_frames(manifest.n_samples[list(micro.rows)])]
+        frames += sum(n_frames)
+        packed += Packing(n_frames, max(n_frames), torch.device("cpu"), data.sampler.shape).n_rows
+    report.add(f"{name}: filler among the frames", 100 * (1 - frames / packed), "%")
+    report.add(f"{name}: padding of the waveforms", 100 * rows[-1]["padding"], "%")
     if compiled:
         recompiled = sum(row["timing"]["compiled_graphs"] for row in rows)
         graphs = compiled_graphs() - graphs_before - recompiled

@@ -69,7 +69,8 @@ class Jahubert(nn.Module):
         encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
         hidden_ND, unit_N = masked_frames(batch, encoded.hidden_BSD)
         loss = unit_loss(self.head(hidden_ND), unit_N) / len(unit_N)
-        return loss + PENALTY * encoded.conv_penalty
+        n_frames_B = encoded.n_frames_B
+        return loss + PENALTY * (encoded.conv_penalty_B * n_frames_B).sum() / n_frames_B.sum()
 
 
 class Transformers(nn.Module):

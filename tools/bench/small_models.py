@@ -43,7 +43,7 @@ def speed(conv_dims: tuple[int, ...], width: int, bf16: bool, seconds: int = 40,
             started = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             encoded = model(wav_BT, mask_BS=mask_BS)
-            loss = unit_loss(head(encoded.hidden_BSD[mask_BS]), unit_N) + encoded.conv_penalty
+            loss = unit_loss(head(encoded.hidden_BSD[mask_BS]), unit_N) + encoded.conv_penalty_B.mean()
         loss.backward()
     return seconds * 3 / (time.process_time() - started)
 

@@ -51,12 +51,15 @@ def encode(
         wav_BT = torch.stack([F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs])
     visible = [padded_frames] * batch if padding == "unmasked" else n_frames
     packing = Packing(visible, padded_frames, device, shape)
-    (n_frames_B,) = index_tensors(device, n_frames)
+    n_frames_B, visible_B = index_tensors(device, n_frames, visible)
     features_NC = front_end(model.feature_extractor, wav_BT, conv_lengths, shape)
     if padding == "masked":
         features_NC = features_NC.index_select(0, packing.index_N)
     features_NC = scale_gradient(features_NC, config.conv_grad_scale)
-    penalty = features_NC[: packing.n_valid].float().pow(2).mean() if model.training else None
+    penalty_B = None
+    if model.training:
+        square_N1 = features_NC.float().square().mean(1, keepdim=True)
+        penalty_B = packing.unpack(square_N1).sum((1, 2)) / visible_B
 
     projection = model.feature_projection
     x_ND = linear(layer_norm(projection.layer_norm, features_NC), projection.projection)
@@ -77,7 +80,7 @@ def encode(
         if encoder.pre_norm and last_layer is None:
             x_ND = layer_norm(encoder.layer_norm, x_ND)
     layers = {number: packing.unpack(x) for number, x in kept.items()}
-    return Encoded(packing.unpack(x_ND), n_frames_B, layers, penalty)
+    return Encoded(packing.unpack(x_ND), n_frames_B, layers, penalty_B)
 
 
 def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor:

@@ -32,11 +32,14 @@ class PackedShape(NamedTuple):
     longest: int  # number of frames in the longest utterance
 
     @classmethod
-    def largest(cls, grid: FrameGrid, shortest: int, longest: int, capacity: int) -> PackedShape:
+    def largest(
+        cls, grid: FrameGrid, shortest: int, longest: int, capacity: int, n_batches: int = 1
+    ) -> PackedShape:
         """Return the smallest shape that fits every batch of at most `capacity` samples, including padding.
 
         Args:
             shortest, longest: range of utterance lengths in samples.
+            n_batches: number of such batches that are concatenated.
         """
         # A batch has at most `capacity // n` utterances if its longest one has n samples.
         n_samples = np.arange(shortest, longest + 1)
@@ -44,9 +47,9 @@ class PackedShape(NamedTuple):
         n_tiles = int((n_utterances * -(-n_samples // (grid.hop * TILE))).max())
         n_rows = int((n_utterances * grid.n_frames(n_samples)).max())
         return cls(
-            int(n_utterances.max()),
-            round_up(n_rows, BLOCK),
-            round_up(n_tiles, BLOCK // TILE),
+            n_batches * int(n_utterances.max()),
+            round_up(n_batches * n_rows, BLOCK),
+            round_up(n_batches * n_tiles, BLOCK // TILE),
             int(grid.n_frames(longest)),
         )
 

@@ -91,10 +91,10 @@ class PretrainBatch(_Batch):
 
     mask_BS: Tensor  # bool
     unit_N: Tensor  # int64, units of the masked frames, in row-major order
-    # Weight of the feature penalty, as a number of targets. If a group of the sampler was cut into parts, the
-    # weight of a part is the number of masked frames in the group times the part's fraction of the group's
-    # frames, so that the penalties of all parts add up to the penalty of the group.
-    penalty_count: float | None = None  # None: the number of masked frames
+    # Weight of the feature penalty of each utterance, as a number of targets: the number of masked frames in
+    # the utterance's group of the sampler, times the utterance's fraction of the frames in the group. The
+    # penalty of a group is then the same, no matter how groups are cut or merged.
+    penalty_count_B: Tensor | None = None  # float32; None: the batch is one group
     shape: PackedShape | None = None  # shape that is passed to the model
     masked_index_N: Tensor = field(init=False)  # int64, indices of the masked frames in the flattened mask
 
@@ -104,6 +104,9 @@ class PretrainBatch(_Batch):
             raise DataError(
                 f"expected one unit per masked frame ({len(self.masked_index_N)}), found {len(self.unit_N)}"
             )
+        if self.penalty_count_B is None:
+            n_frames_B = HUBERT.n_frames(self.n_samples_B)
+            self.penalty_count_B = len(self.unit_N) * n_frames_B / n_frames_B.sum()
 
 
 @dataclass
@@ -255,7 +258,7 @@ class PretrainData:
             n_samples_B=torch.tensor([len(wav) for wav in wavs]),
             mask_BS=pad(masks),
             unit_N=torch.from_numpy(np.concatenate(units)),
-            penalty_count=self._penalty_count(micro, masks),
+            penalty_count_B=None if micro.groups is None else self._penalty_counts(micro, masks),
             shape=self.sampler.shape,
         )
 
@@ -269,13 +272,14 @@ class PretrainData:
         n_frames = HUBERT.n_frames(n_samples)
         return length, first, span_mask(n_frames, self.mask.prob, self.mask.length, rng, self.mask.min_spans)
 
-    def _penalty_count(self, micro: MicroBatch, masks: list[Tensor]) -> float | None:
-        if micro.group is None:
-            return None
-        group = [self._draw(micro.epoch, row)[2] for row in micro.group]
-        n_masked = sum(int(mask_S.sum()) for mask_S in group)
-        n_frames = sum(len(mask_S) for mask_S in group)
-        return n_masked * sum(len(mask_S) for mask_S in masks) / n_frames
+    def _penalty_counts(self, micro: MicroBatch, masks: list[Tensor]) -> Tensor:
+        drawn = {row: mask_S.numpy() for row, mask_S in zip(micro.rows, masks, strict=True)}
+        counts = {}
+        for rows in micro.groups or ():
+            group = {row: drawn[row] if row in drawn else self._draw(micro.epoch, row)[2] for row in rows}
+            masked = np.concatenate(list(group.values())).mean()  # fraction of the frames
+            counts.update({row: masked * len(mask_S) for row, mask_S in group.items()})
+        return torch.tensor([counts[row] for row in micro.rows], dtype=torch.float32)
 
 
 class CtcData:

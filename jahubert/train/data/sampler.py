@@ -4,7 +4,8 @@ An epoch is a sequence of groups of utterances with similar lengths. It is deter
 update consists of a fixed number of consecutive groups. Its content therefore depends neither on the memory
 of a GPU nor on the number of processes.
 A device processes one micro-batch in one forward pass. A group is a single micro-batch, unless it is longer
-than `micro_seconds` or the processes could not share the update evenly: then it is cut into several.
+than `micro_seconds` or the processes could not share the update evenly: then it is cut into several. If
+`micro_seconds` is at least twice as long as a group, groups of similar lengths are merged instead.
 The state of the sampler consists of two integers: the epoch, and the number of groups consumed in that epoch.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
@@ -42,19 +43,30 @@ class BatchSizes:
 
     group_seconds: float  # maximum audio per group, including padding
     groups: int = 1  # number of groups per update
-    micro_seconds: float | None = None  # maximum audio per micro-batch, with padding; None: whole groups
+    # Maximum audio per micro-batch, including the padding within each group; None: whole groups
+    micro_seconds: float | None = None
     one_shape: bool = False  # whether all micro-batches have the same shape (see `Sampler.shape`)
+
+    def groups_per_micro_batch(self, processes: int = 1) -> int:
+        """Return the number of groups in a micro-batch, or 1 if groups have to be cut.
+
+        It is the largest number allowed by `micro_seconds` with which all processes get equally many groups.
+        """
+        limit = (self.micro_seconds or 0.0) / self.group_seconds + 1e-6  # tolerates rounding
+        numbers = range(2, int(limit) + 1)
+        return max((n for n in numbers if self.groups % (n * processes) == 0), default=1)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Manifest rows that are processed together: a group from the sampler, or a part of one."""
+    """Manifest rows that are processed together: a group from the sampler, a part of one, or several."""
 
     epoch: int
-    index: int  # position of the group in the epoch
+    index: int  # position of the (first) group in the epoch
     rows: tuple[int, ...]
     part: int = 0  # index of the part within the group
-    group: tuple[int, ...] | None = None  # all rows of the group; None: the same as `rows`
+    # All rows of each group that `rows` belong to; None: `rows` are one group
+    groups: tuple[tuple[int, ...], ...] | None = None
     is_filler: bool = False  # a copy for a process that would otherwise have nothing to compute; not counted
 
     @property
@@ -78,8 +90,6 @@ class Epoch:
         """Create an epoch whose group `i` is `rows[by_length[starts[order[i]] : starts[order[i] + 1]]]`."""
         self.number, self.rows, self.n_samples = number, rows, n_samples
         self.by_length, self.starts, self.order = by_length, starts, order
-        padded = np.sum(np.maximum.reduceat(n_samples[by_length], starts[:-1]) * np.diff(starts))
-        self.padding = 1 - float(n_samples.sum() / padded)  # fraction of all samples that are padding
 
     def __len__(self) -> int:
         return len(self.order)
@@ -152,7 +162,8 @@ class Sampler:
         if not self.sizes.one_shape:
             return None
         shortest, longest = int(self.shortest.min()), int(self.n_samples.max())
-        return PackedShape.largest(HUBERT, shortest, longest, self.capacity)
+        merged = self.sizes.groups_per_micro_batch()
+        return PackedShape.largest(HUBERT, shortest, longest, self.capacity, merged)
 
     def epoch(self, epoch: int) -> Epoch:
         """Return the groups of an epoch."""
@@ -168,6 +179,9 @@ class Sampler:
         there are too few utterances for that, the last processes get fillers.
         """
         groups = [self._group(micro) for micro in islice(self.stream(epoch, cursor), self.sizes.groups)]
+        merged = self.sizes.groups_per_micro_batch(processes)
+        if merged > 1 and groups[0].micro.epoch == groups[-1].micro.epoch:
+            return _merge(groups, merged)
         while sum(len(group.parts) for group in groups) % processes:
             divisible = [group for group in groups if len(group.parts) < len(group.lengths)]
             if not divisible:
@@ -179,8 +193,9 @@ class Sampler:
     def single_pass(self, rank: int = 0, processes: int = 1) -> Iterator[MicroBatch]:
         """Iterate over one process's share of the micro-batches in epoch 0, for an evaluation."""
         epoch = self.epoch(0)
-        groups = (self._group(epoch[index]) for index in range(len(epoch)))
-        parts = (part for group in groups for part in group.micro_batches())
+        groups = [self._group(epoch[index]) for index in range(len(epoch))]
+        merged = self.sizes.groups_per_micro_batch(processes)
+        parts = _merge(groups, merged) if merged > 1 else [part for g in groups for part in g.micro_batches()]
         return islice(parts, rank, None, processes)
 
     def _group(self, micro: MicroBatch) -> _Group:
@@ -232,10 +247,6 @@ class Sampler:
             yield from (groups[index] for index in range(cursor, len(groups)))
             epoch, cursor = epoch + 1, 0
 
-    def padding(self, epoch: int = 0) -> float:
-        """Return the fraction of the samples in an epoch that are padding."""
-        return self.epoch(epoch).padding
-
 
 class _Group:
     """A group, cut into parts with similar numbers of utterances and at most `capacity` samples each."""
@@ -269,4 +280,14 @@ class _Group:
         if len(self.parts) == 1:
             return [self.micro]
         epoch, index, rows = self.micro.epoch, self.micro.index, self.micro.rows
-        return [MicroBatch(epoch, index, rows[part], n, rows) for n, part in enumerate(self.parts)]
+        return [MicroBatch(epoch, index, rows[part], n, (rows,)) for n, part in enumerate(self.parts)]
+
+
+def _merge(groups: list[_Group], n: int) -> list[MicroBatch]:
+    """Merge every `n` groups, in the order of their lengths, into one micro-batch."""
+    micros = [group.micro for group in sorted(groups, key=lambda group: int(group.lengths.max()))]
+    batches = [[micro.rows for micro in micros[start : start + n]] for start in range(0, len(micros), n)]
+    return [
+        replace(first, rows=tuple(chain.from_iterable(rows)), groups=tuple(rows))
+        for first, rows in zip(micros[::n], batches, strict=True)
+    ]

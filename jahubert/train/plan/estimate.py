@@ -28,7 +28,7 @@ from jahubert.train.experiment.registry import STAGES, Job, resolve, value_for_s
 from jahubert.train.plan.flops import forward_flops, step_flops
 from jahubert.train.plan.machine import GPUS, Machine, from_table, measure
 from jahubert.train.plan.memory import peak_bytes
-from jahubert.train.trainer.micro_batch import automatic_micro_seconds, fixed_bytes, n_parameters
+from jahubert.train.trainer.micro_batch import effective_micro_seconds, fixed_bytes, n_parameters
 from jahubert.train.trainer.optim import TrainConfig
 
 _MEAN_SECONDS = 5.7  # mean utterance length in ReazonSpeech: 35,000 h in 22 million utterances
@@ -261,17 +261,16 @@ def _training(
     flops = flops_per_second * train.batch_seconds * train.max_steps
     flops *= 1 - head_only_steps / train.max_steps * 2 / 3  # a backward pass costs two forward passes
     hours: float | None = flops / rate / machine.n_devices / 3600
-    micro_seconds = train.micro_seconds or automatic_micro_seconds(
+    micro_seconds = effective_micro_seconds(
         train,
         config.model,
         longest=longest,
         memory_bytes=machine.memory_bytes,
+        has_flash=machine.has_bfloat16,
         precision=precision,
         n_devices=machine.n_devices,
     )
-    micro_seconds = min(
-        micro_seconds, train.batch_sizes.group_seconds, train.batch_seconds / machine.n_devices
-    )
+    micro_seconds = min(micro_seconds, train.batch_seconds / machine.n_devices)
     is_gpu = machine.memory_bytes is not None
     memory = fixed_bytes(parameters, precision, machine.n_devices, train.sharded)
     memory += micro_seconds * peak_bytes(config.model, seconds, train.recompute, precision, is_gpu)

@@ -115,17 +115,16 @@ class Pretrainer(nn.Module):
         # Frames are selected by index, because boolean indexing would synchronize the GPU.
         logits_NK = self.head(encoded.hidden_BSD.flatten(0, 1).index_select(0, batch.masked_index_N))
         loss, count = unit_loss(logits_NK, batch.unit_N), len(batch.unit_N)
-        penalty_count = count if batch.penalty_count is None else batch.penalty_count
-        total = loss
-        if encoded.conv_penalty is not None:
-            total = loss + self.penalty * penalty_count * encoded.conv_penalty
+        total, penalty = loss, torch.zeros_like(loss)
+        if encoded.conv_penalty_B is not None:
+            penalty = (encoded.conv_penalty_B * batch.penalty_count_B).sum()
+            total = loss + self.penalty * penalty
         correct = (logits_NK.detach().argmax(-1) == batch.unit_N).sum()
-        penalty = 0.0 if encoded.conv_penalty is None else encoded.conv_penalty.detach() * penalty_count
         padded_seconds = batch.wav_BT.numel() / SAMPLE_RATE
         sums = {
             "nats": loss,
             "correct": correct,
-            "penalty": penalty,
+            "penalty": penalty.detach(),
             "seconds": batch.seconds,
             "padded_seconds": padded_seconds,
         }
@@ -172,7 +171,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if distributed.rank() == 0:
         _export(config, module, labels, metrics, out)
     distributed.barrier()
-    return metrics | {"padding": data.sampler.padding()}
+    return metrics
 
 
 def check_accuracy(config: Config, labels: LabelStore, metrics: dict[str, float], updates: int) -> None:

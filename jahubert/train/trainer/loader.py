@@ -22,6 +22,7 @@ from jahubert.train.trainer.optim import TrainConfig
 MicroBatches = Generator[tuple[MicroBatch, Any], None, None]
 
 SHARED_MEMORY = Path("/dev/shm")
+_MERGED_PADDING = 1.2  # the waveforms of merged groups are padded to the longest of all groups (see LOG.md)
 
 
 class DataSource(Protocol):
@@ -52,7 +53,10 @@ def _micro_seconds(config: TrainConfig) -> float:
 def shared_memory_bytes(config: TrainConfig) -> int:
     """Estimate the shared memory (bytes) that the DataLoader workers of one process need for audio."""
     in_flight = PREFETCH * config.workers + 1  # the training step holds one more micro-batch
-    return int(in_flight * _micro_seconds(config) * SAMPLE_RATE * 4) if config.workers else 0
+    seconds = _micro_seconds(config)
+    if seconds > config.batch_sizes.group_seconds:
+        seconds *= _MERGED_PADDING
+    return int(in_flight * seconds * SAMPLE_RATE * 4) if config.workers else 0
 
 
 def check_shared_memory(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Automatic micro-batch size, derived from GPU memory for training and for `jahubert plan`."""
+"""Size of the micro-batches, derived from GPU memory for training and for `jahubert plan`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels.packing import has_flash_attention
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.optim import TrainConfig, pick_precision
 
@@ -22,6 +23,10 @@ AUTOCAST_COPY = 2  # 16-bit copy of the weights during a micro-batch
 
 # Fraction of GPU memory that tensors may use. The rest is left for CUDA itself, kernels and fragmentation.
 _USABLE = 0.85
+# Groups are merged up to this size, in seconds of audio. In smaller micro-batches of base, launching kernels
+# limits the speed of a GPU: on an H200, a prototype processed 5,214 audio-seconds per second with 330 s per
+# micro-batch, and 5,702 with 660 s.
+_MERGED_SECONDS = 700.0
 # Limits for a CPU, in seconds of audio and in bytes of activations. Larger micro-batches are not faster.
 _CPU_SECONDS, _CPU_BYTES = 87.5, 3.4e9
 # Factors for the number of values that are stored for the backward pass. A Transformer block stores
@@ -33,61 +38,82 @@ _FRONT_END = {"group": 1.0, "layer": 2.2}
 
 
 def with_micro_seconds(train: TrainConfig, model: HubertConfig, longest: float) -> TrainConfig:
-    """Return `train`, with `micro_seconds` set by `automatic_micro_seconds` if it was null.
+    """Return `train`, with `micro_seconds` set by `effective_micro_seconds`.
 
     With several processes, the value is derived from the device of rank 0.
 
     Args:
         longest: length of the longest utterance in seconds.
     """
-    if train.micro_seconds is not None:
-        return train
     device = distributed.process_device(train.device)
 
-    def memory() -> float | None:
-        is_gpu = device.type == "cuda"
-        return float(torch.cuda.get_device_properties(device).total_memory) if is_gpu else None
+    def properties() -> tuple[float | None, bool]:
+        if device.type != "cuda":
+            return None, False
+        return float(torch.cuda.get_device_properties(device).total_memory), has_flash_attention(device)
 
-    seconds = automatic_micro_seconds(
+    memory_bytes, has_flash = distributed.rank0_broadcast(properties)
+    seconds = effective_micro_seconds(
         train,
         model,
         longest=longest,
-        memory_bytes=distributed.rank0_broadcast(memory),
+        memory_bytes=memory_bytes,
+        has_flash=has_flash,
         precision=pick_precision(train, device),
         n_devices=distributed.world(),
     )
-    if distributed.rank() == 0:
+    if train.micro_seconds is None and distributed.rank() == 0:
         log.info("micro-batches of at most %.4g s of audio", seconds)
     return replace(train, micro_seconds=seconds)
 
 
-def automatic_micro_seconds(
+def effective_micro_seconds(
     train: TrainConfig,
     model: HubertConfig,
     *,
     longest: float,
     memory_bytes: float | None,
+    has_flash: bool,
     precision: torch.dtype,
     n_devices: int,
 ) -> float:
-    """Return the largest useful micro-batch size in seconds, at most that of a group of the sampler.
+    """Return the size of the micro-batches in seconds.
 
-    Unless a group is shorter, the result is at least `longest`, even if that may not fit in memory.
+    The limit is `train.micro_seconds` or, if it is null, the largest useful size. If the limit is longer than
+    a group of the sampler, the result is that of one group, or of as many groups as the sampler can merge.
 
     Args:
         longest: length of the longest utterance in seconds.
         memory_bytes: memory of one GPU, or None for a CPU.
+        has_flash: whether the GPU has variable-length flash attention.
         precision: autocast dtype of the training.
         n_devices: number of processes.
     """
-    group_seconds = train.batch_sizes.group_seconds
+    limit = train.micro_seconds
+    if limit is None:
+        limit = max(longest, _useful_seconds(train, model, memory_bytes, has_flash, precision, n_devices))
+    sizes = replace(train.batch_sizes, micro_seconds=limit)
+    return min(limit, sizes.group_seconds * sizes.groups_per_micro_batch(n_devices))
+
+
+def _useful_seconds(
+    train: TrainConfig,
+    model: HubertConfig,
+    memory_bytes: float | None,
+    has_flash: bool,
+    precision: torch.dtype,
+    n_devices: int,
+) -> float:
+    """Return the largest micro-batch size in seconds that fits in memory and may make training faster."""
     per_second = activation_bytes(model, precision, train.recompute)
     if memory_bytes is None:
-        fitting = min(_CPU_SECONDS, _CPU_BYTES / per_second)
-    else:
-        fixed = fixed_bytes(n_parameters(model), precision, n_devices, train.sharded)
-        fitting = (_USABLE * memory_bytes - fixed) / per_second
-    return min(group_seconds, max(longest, fitting))
+        return min(_CPU_SECONDS, _CPU_BYTES / per_second)
+    fixed = fixed_bytes(n_parameters(model), precision, n_devices, train.sharded)
+    fitting = (_USABLE * memory_bytes - fixed) / per_second
+    # Without flash attention, merging would increase the padding for which attention is computed.
+    packed = has_flash and precision.itemsize == 2
+    group_seconds = train.batch_sizes.group_seconds
+    return min(fitting, max(group_seconds, _MERGED_SECONDS) if packed else group_seconds)
 
 
 def fixed_bytes(n_parameters: int, precision: torch.dtype, n_devices: int, sharded: bool) -> float:

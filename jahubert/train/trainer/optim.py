@@ -29,8 +29,8 @@ class TrainConfig:
     # Number of groups per step, where a group consists of utterances with similar lengths; null: derived from
     # batch_seconds (8 for 2,800 s).
     groups: int | None = None
-    # Maximum seconds of audio per device and forward pass, including padding; null: derived from the memory
-    # of a GPU, or from fixed limits on a CPU.
+    # Maximum seconds of audio per device and forward pass, including the padding within each group; null:
+    # derived from the memory of a GPU, or from fixed limits on a CPU.
     micro_seconds: float | None = runtime_field(None)
     lr: float = 5e-4  # peak learning rate
     # Learning-rate schedule. linear: warm-up and decay; tri_stage: warm-up, hold, decay.
