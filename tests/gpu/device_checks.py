@@ -302,6 +302,32 @@ def test_features_equal_those_on_the_cpu(name, device):
             torch.testing.assert_close(actual.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_features_equal_those_of_padded_attention(name, device, monkeypatch):
+    compute, calls, features = attention.efficient_attention, [], []
+    if device.type != "cuda":
+        compute = by_mask
+    elif not packing.has_efficient_attention(device):
+        pytest.skip("this GPU has no memory-efficient attention")
+
+    def recorded(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
+        assert offsets.dtype is torch.int32 and offsets.device == q_NHE.device
+        calls.append(longest)
+        return compute(q_NHE, k_NHE, v_NHE, offsets, longest, dropout)
+
+    monkeypatch.setattr(attention, "efficient_attention", recorded)
+    torch.manual_seed(0)
+    extractor = jahubert.FeatureExtractor(HubertModel(MODELS[name]).eval(), layer=2, device=device)
+    for efficient in (False, True):
+        monkeypatch.setattr(
+            packing, "has_efficient_attention", lambda device, on=efficient: on and device.type != "cpu"
+        )
+        features.append(extractor(wavs(), sample_rate=16_000))
+    assert calls == [HUBERT.n_frames(max(map(len, wavs())))] * 2
+    for expected, actual in zip(*features, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["torch", "sklearn"])
 def test_kmeans_and_assignment_equal_those_on_the_cpu(backend, device):
     if backend == "sklearn":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures.traceable_flash import by_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.layer_norm import same_dtype_layer_norm
-from jahubert.model.kernels.packing import FlashSequences, Packing
+from jahubert.model.kernels.packing import Packing, Sequences
 from jahubert.model.kernels.positional_conv import frequency_domain_conv, positional_conv
 
 CPU = torch.device("cpu")
@@ -265,13 +266,48 @@ def test_flash_attention_gets_the_utterances_as_sequences(n_frames, monkeypatch)
     packing = Packing(n_frames, 70, CPU)
     inputs = [torch.randn(packing.n_rows, 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     expected = attend(*inputs, packing, 0.0)[: packing.n_valid].float()
-    packing.flash = FlashSequences.of(packing)
+    packing.flash = Sequences.of(packing)
     output = attend(*inputs, packing, 0.0)[: packing.n_valid].float()
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
     assert_same_gradients(output, expected, inputs, 0.02)
     in_float32 = [x.detach().float() for x in inputs]
     monkeypatch.setattr(attention, "flash_attention", None)  # must not be called in float32
     assert attend(*in_float32, packing, 0.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n_frames", [[33, 5, 64, 40, 64, 1], [64, 64]], ids=["mixed", "no filler"])
+def test_float32_inference_uses_efficient_attention(n_frames, monkeypatch):
+    """A CPU implementation replaces torch's CUDA-only operator."""
+    calls = []
+
+    def reference(q_NHE, k_NHE, v_NHE, offsets, longest, dropout):
+        assert offsets.dtype is torch.int32
+        calls.append((longest, dropout))
+        return by_mask(q_NHE, k_NHE, v_NHE, offsets, longest, dropout)
+
+    monkeypatch.setattr(attention, "efficient_attention", reference)
+    torch.manual_seed(0)
+    packing = Packing(n_frames, 70, CPU)
+    inputs = [torch.randn(packing.n_rows, 2, 8) for _ in range(3)]
+    expected = attend(*inputs, packing, 0.0)[: packing.n_valid]
+    packing.efficient = Sequences.of(packing)
+    with torch.no_grad():
+        output = attend(*inputs, packing, 0.0)[: packing.n_valid]
+        attend(*inputs, packing, 0.1)
+        for other in (torch.bfloat16, torch.float64):
+            attend(*(x.to(other) for x in inputs), packing, 0.0)
+        attend(*(x[..., :6] for x in inputs), packing, 0.0)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    attend(*(x.requires_grad_() for x in inputs), packing, 0.0).sum().backward()
+    assert calls == [(64, 0.0), (64, 0.1)] and inputs[0].grad is not None
+
+
+def test_efficient_attention_of_torch_accepts_the_sequences():
+    """Only GPUs have the operator, but its arguments can be checked on the meta device."""
+    packing = Packing([33, 5, 64], 70, torch.device("meta"))
+    inputs = [torch.empty(packing.n_rows, 2, 8, device="meta") for _ in range(3)]
+    output = attention.efficient_attention(*inputs, *Sequences.of(packing), 0.0)
+    assert output.shape == inputs[0].shape and output.dtype is torch.float32
 
 
 def test_unpacking_restores_the_packed_batch():

@@ -59,6 +59,8 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
         out_NHE = flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
         plain = _unfused(partial(_by_utterance, packing=packing), dropout)
         return with_double_backward(out_NHE, plain, q_NHE, k_NHE, v_NHE)
+    if not torch.is_grad_enabled() and packing.efficient is not None and _has_efficient_attention(q_NHE):
+        return efficient_attention(q_NHE, k_NHE, v_NHE, *packing.efficient, dropout)
     if packing.fused_attention:
         q, k, v = (packing.unpack(x).transpose(1, 2) for x in (q_NHE, k_NHE, v_NHE))
         out = scaled_dot_product_attention(q, k, v, packing.mask_B11S, dropout)
@@ -76,6 +78,11 @@ def _has_flash_attention(q_NHE: Tensor) -> bool:
     """Return whether flash attention supports the dtype and the head width of a tensor."""
     width = q_NHE.shape[2]
     return q_NHE.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= MAX_FLASH_WIDTH
+
+
+def _has_efficient_attention(q_NHE: Tensor) -> bool:
+    """Return whether `efficient_attention` supports the head width of a tensor, which must be float32."""
+    return q_NHE.dtype is torch.float32 and q_NHE.shape[2] % 4 == 0
 
 
 def scaled_dot_product_attention(
@@ -139,6 +146,19 @@ def flash_attention(
         q_NHE, k_NHE, v_NHE, offsets, offsets, longest, longest, dropout, False, False
     )[0]
     return out_NHE
+
+
+def efficient_attention(
+    q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, offsets: Tensor, longest: int, dropout: float
+) -> Tensor:
+    """Compute attention within each concatenated sequence with torch's memory-efficient kernel, no gradient.
+
+    Unlike flash attention, this kernel supports float32.
+    """
+    out_1NHE: Tensor = torch.ops.aten._efficient_attention_forward(
+        q_NHE[None], k_NHE[None], v_NHE[None], None, offsets, offsets, longest, longest, dropout, 0
+    )[0]
+    return out_1NHE[0]
 
 
 class _Layout(NamedTuple):

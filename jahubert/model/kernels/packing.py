@@ -75,14 +75,14 @@ class Rectangle(NamedTuple):
     bias_U1S: Tensor  # attention bias, minus infinity after the end of an utterance
 
 
-class FlashSequences(NamedTuple):
-    """Sequences for variable-length flash attention: one per utterance, and others with filler rows."""
+class Sequences(NamedTuple):
+    """Sequences for variable-length attention kernels: one per utterance, and others with filler rows."""
 
     offsets: Tensor  # first row of each sequence, followed by the end of the last one, int32
     longest: int  # upper limit of the number of frames in a sequence
 
     @classmethod
-    def of(cls, packing: Packing, shape: PackedShape | None = None) -> FlashSequences:
+    def of(cls, packing: Packing, shape: PackedShape | None = None) -> Sequences:
         longest = padded_size(max(packing.n_frames), shape and shape.longest, "frames in an utterance")
         n_utterances = padded_size(packing.n_utterances, shape and shape.n_utterances, "utterances")
         # Filler rows are cut into sequences of at most `longest` rows. If a shape is given, it determines the
@@ -97,11 +97,20 @@ class FlashSequences(NamedTuple):
 
 def has_flash_attention(device: torch.device) -> bool:
     """Return whether torch has flash attention for a device and it is enabled."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not _is_nvidia(device):
         return False
     cuda = torch.backends.cuda
     capable = torch.cuda.get_device_capability(device) >= (8, 0)
     return capable and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
+
+
+def has_efficient_attention(device: torch.device) -> bool:
+    """Return whether torch has memory-efficient attention for a device and it is enabled."""
+    return _is_nvidia(device) and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 class Packing:
@@ -131,9 +140,10 @@ class Packing:
         self.fused_attention, self.mask_B11S = device.type != "cpu", None
         if self.fused_attention and min(n_frames) < width:
             self.mask_B11S = (torch.arange(width, device=device) < n_frames_B[:, None])[:, None, None]
-        self.flash: FlashSequences | None = None
-        if has_flash_attention(device):
-            self.flash = FlashSequences.of(self, shape)
+        has_flash, has_efficient = has_flash_attention(device), has_efficient_attention(device)
+        sequences = Sequences.of(self, shape) if has_flash or has_efficient else None
+        self.flash = sequences if has_flash else None
+        self.efficient = sequences if has_efficient else None
 
     @property
     def n_rows(self) -> int:

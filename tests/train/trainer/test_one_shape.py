@@ -19,7 +19,7 @@ from jahubert.errors import ConfigError
 from jahubert.frames import HUBERT
 from jahubert.model.hubert import EncoderLayer, HubertConfig, HubertModel
 from jahubert.model.kernels import PackedShape, attention, encoder, packing, weights
-from jahubert.model.kernels.packing import FlashSequences, Packing
+from jahubert.model.kernels.packing import Packing, Sequences
 from jahubert.train.data.sampler import BatchSizes, Sampler
 from jahubert.train.stages.pretrain import Pretrainer, evaluate
 from jahubert.train.trainer.parallel import wrap_blocks
@@ -91,16 +91,16 @@ def test_a_batch_that_does_not_fit_is_rejected():
             model(wav_BT, shape=fits._replace(**{name: size}))
 
 
-def test_sequences_of_flash_attention_have_one_shape():
+def test_sequences_of_attention_have_one_shape():
     shape = PackedShape(n_utterances=5, n_rows=256, n_tiles=32, longest=60)
     for n_frames in ([60, 60, 60, 60], [50, 41, 60, 7, 33], [1], [60]):
-        sequences = FlashSequences.of(Packing(n_frames, 60, CPU, shape), shape)
+        sequences = Sequences.of(Packing(n_frames, 60, CPU, shape), shape)
         assert sequences.offsets.shape == (1 + 5 + 5,) and sequences.longest == 60
         lengths = sequences.offsets.diff().tolist()
         assert lengths[: len(n_frames)] == n_frames
         assert sum(lengths) == 256 and min(lengths) >= 0 and max(lengths) <= 60
     with pytest.raises(ConfigError, match="61 frames"):
-        FlashSequences.of(Packing([61], 61, CPU, shape), shape)
+        Sequences.of(Packing([61], 61, CPU, shape), shape)
 
 
 @pytest.mark.parametrize("model", [QUIET, LARGE], ids=["base", "large"])
