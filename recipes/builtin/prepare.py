@@ -3,7 +3,8 @@
 The data come from these sources:
 
 - the words of the `tofugu` recipe, single and joined, and copies at other speeds, which sound like voices
-  with another vocal tract length and speaking rate;
+  with another vocal tract length and speaking rate. The lower of the two voices has fewer words, so its
+  single words have more copies;
 - sentences from Common Voice, read by many speakers;
 - recordings in other languages without text, for pretraining;
 - sentences in the mixed voices of the `voices` recipe;
@@ -61,10 +62,12 @@ class Config:
     reading: float = 35.0  # duration of training words in synthetic voices, in minutes
     # Single training words are repeated at each of these speeds, and joined ones at one of them.
     speeds: tuple[float, ...] = (0.87, 1.15)
+    low_speeds: tuple[float, ...] = (0.8, 0.93, 1.07, 1.25)  # further speeds for single words of the low voice
 
     def __post_init__(self) -> None:
-        if not all(0.5 <= speed <= 2 for speed in self.speeds):
-            raise ConfigError(f"speeds must be between 0.5 and 2; found {self.speeds}")
+        for name in ("speeds", "low_speeds"):
+            if not all(0.5 <= speed <= 2 for speed in getattr(self, name)):
+                raise ConfigError(f"{name} must be between 0.5 and 2; found {getattr(self, name)}")
         if self.reading < 0:
             raise ConfigError(f"reading must be at least 0 minutes; found {self.reading}")
 
@@ -91,12 +94,15 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
         if item.split == "test":
             item = replace(item, split=f"test_{_voice(item)}")
         yield item
-        if item.split == "train" and not joined:
-            words.append(item.text)
-        if item.split == "train" and config.speeds:
-            speeds = (config.speeds[number % len(config.speeds)],) if joined else config.speeds
-            for speed in speeds:
-                yield read_speech.at_speed(item, speed, work / "speeds")
+        if item.split == "train":
+            speeds = config.speeds
+            if joined:
+                speeds = speeds and (speeds[number % len(speeds)],)
+            else:
+                words.append(item.text)
+                if config.low_speeds and _voice(item) == "low":
+                    speeds += config.low_speeds
+            yield from (read_speech.at_speed(item, speed, work / "speeds") for speed in speeds)
     real = list(_test_recordings(expand_user(config.sentences))) if config.sentences else []
     yield from real
     recorded = {item.text for item in real}

@@ -109,11 +109,20 @@ def test_splits_are_complete_and_disjoint(corpus):
 
 
 def test_training_words_are_repeated_at_other_speeds(corpus):
-    words = {item.id: item.split for item in corpus if item.id.startswith("word")}
-    recorded = {name for name in words if not name.endswith(("-0.87", "-1.15"))}
-    training = {name for name in recorded if words[name] == "train"}
+    words = {item.id: item for item in corpus if item.id.startswith("word")}
+    recorded = [item for item in words.values() if item.id.count("-") == 2]
+    training = [item for item in recorded if item.split == "train"]
     assert training and training != recorded
-    assert words.keys() - recorded == {f"{name}-{speed}" for name in training for speed in (0.87, 1.15)}
+    expected = {item.id for item in recorded}
+    voices = {"low": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25), "high": (0.87, 1.15)}
+    for item in training:
+        expected |= {f"{item.id}-{speed}" for speed in voices[builtin._voice(item)]}
+    assert words.keys() == expected
+    assert {builtin._voice(item) for item in training} == voices.keys()
+    for item in training:
+        if builtin._voice(item) == "low":
+            fast = words[f"{item.id}-1.25"]
+            assert (fast.split, fast.n_samples) == ("train", round(item.n_samples / 1.25))
 
 
 def test_no_held_out_sentence_is_synthesized_for_training(corpus):
@@ -230,7 +239,7 @@ def test_too_few_speakers_and_a_missing_column_are_reported(tmp_path):
         list(read_speech.sentences(tmp_path, tmp_path, read_speech.Config(), 0, set()))
 
 
-@pytest.mark.parametrize("options", [{"speeds": (3.0,)}, {"reading": -1.0}])
+@pytest.mark.parametrize("options", [{"speeds": (3.0,)}, {"low_speeds": (0.4,)}, {"reading": -1.0}])
 def test_invalid_settings_are_rejected(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         builtin.Config(**options)
