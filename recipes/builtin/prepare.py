@@ -50,7 +50,8 @@ _JOINS = ("、", "、", "と", "の", "は", "が", "を", "に", "も")  # text
 @dataclass(frozen=True)
 class Config:
     sentences: str | None = None  # folder with transcripts.tsv (columns file, text), for test_real
-    common_voice: str | None = None  # folder with transcripts.tsv (columns file, text, speaker)
+    # Folder with transcripts.tsv (columns file, text, speaker), or a release of Common Voice
+    common_voice: str | None = None
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for pretraining
     clips: read_speech.Config = field(default_factory=read_speech.Config)
     synthetic: bool = True  # whether to add synthetic voices to the recordings
@@ -62,7 +63,12 @@ class Config:
     reading: float = 35.0  # duration of training words in synthetic voices, in minutes
     # Single training words are repeated at each of these speeds, and joined ones at one of them.
     speeds: tuple[float, ...] = (0.87, 1.15)
-    low_speeds: tuple[float, ...] = (0.8, 0.93, 1.07, 1.25)  # further speeds for single words of the low voice
+    low_speeds: tuple[float, ...] = (
+        0.8,
+        0.93,
+        1.07,
+        1.25,
+    )  # further speeds for single words of the low voice
 
     def __post_init__(self) -> None:
         for name in ("speeds", "low_speeds"):

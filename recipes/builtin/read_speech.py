@@ -1,7 +1,8 @@
 """Reader for recordings from Common Voice: sentences with speaker labels, and recordings without text.
 
 Each input is a folder with a tab-separated table: `transcripts.tsv` with the columns file, text and speaker,
-or `clips.tsv` with the columns file and speaker. Recordings are converted to 16 kHz FLAC files.
+or `clips.tsv` with the columns file and speaker. Sentences may also be a release of Common Voice, as read by
+the `table` recipe; its splits are ignored. Recordings are converted to 16 kHz FLAC files.
 
 The splits train, dev_cv and test_cv share neither speakers nor sentences. Sentences that differ only in
 punctuation or character widths count as equal. The speakers of test_cv and dev_cv are drawn at random,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -36,8 +38,11 @@ from jahubert.train.data.augmentation import change_speed
 from jahubert.train.data.flac import write_flac_once
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, read_reliably, read_text
+from jahubert.train.experiment.registry import recipe_module
 from jahubert.train.text.normalization import recognized_characters
 
+table_sources = recipe_module("table", "table_sources")
+SENTENCES = "transcripts.tsv"  # table of the sentences of a folder that is not a Common Voice release
 _FEWEST_CLIPS, _MOST_CLIPS = 5, 70  # limits on the number of clips per speaker in held-out splits
 
 
@@ -67,15 +72,16 @@ def sentences(
     """Yield the utterances of train, dev_cv, test_cv, test_cv_phone and test_cv_noise, and rejected items.
 
     Args:
-        folder: folder that contains `transcripts.tsv`.
+        folder: folder that contains `transcripts.tsv`, or a Common Voice release.
         work: folder for the converted recordings. Existing files are kept.
         held_out: sentences in other test sets, which are excluded from training and development.
 
     Raises:
-        DataError: the table is not found or not UTF-8, a row has no file, text or speaker, or there are too
-            few speakers.
+        DataError: no table is found, `transcripts.tsv` is not UTF-8 or has a row without file, text or
+            speaker, or there are too few speakers.
     """
-    rows = read_rows(folder / "transcripts.tsv", ("file", "text", "speaker"))
+    rows, rejected = _read_sentences(folder)
+    yield from rejected
     split_of = _split_speakers(rows, config, seed)
     texts: dict[str, set[str]] = {"train": set(), "dev_cv": set(), "test_cv": set()}
     for row in rows:
@@ -182,12 +188,40 @@ def read_rows(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=2):
         if missing := [column for column in columns if not row.get(column)]:
             raise DataError(f"{table}:{number}: no value for {' and '.join(missing)}; found {row}")
-    stems = Counter(Path(row["file"]).stem for row in rows) if "file" in columns else {}
-    for row in rows if stems else ():
+    if "file" in columns:
+        _add_names(rows)
+    return rows
+
+
+def _add_names(rows: list[dict[str, str]]) -> None:
+    """Add a unique `name` to each row: the stem of its file, with a hash of the path if it is not unique."""
+    stems = Counter(Path(row["file"]).stem for row in rows)
+    for row in rows:
         stem = row["name"] = Path(row["file"]).stem
         if stems[stem] > 1:
             row["name"] = f"{stem}-{hashlib.sha256(row['file'].encode()).hexdigest()[:8]}"
-    return rows
+
+
+def _read_sentences(folder: Path) -> tuple[list[dict[str, str]], list[Rejected]]:
+    """Read the sentences of a folder with `transcripts.tsv` or of a Common Voice release.
+
+    Returns:
+        Rows with file, text, speaker and a unique `name` (see `read_rows`), and rejected lines of a release.
+    """
+    items = [] if is_file(folder / SENTENCES) else list(table_sources.read_common_voice(folder))
+    if not items:
+        return read_rows(folder / SENTENCES, ("file", "text", "speaker")), []
+    rows, rejected = [], []
+    for item in items:
+        if isinstance(item, Rejected):
+            rejected.append(item)
+        elif item.text and item.speaker:
+            file = os.path.relpath(item.path, folder)
+            rows.append({"file": file, "text": item.text, "speaker": item.speaker})
+        else:
+            rejected.append(Rejected(item.where, "no text or speaker"))
+    _add_names(rows)
+    return rows, rejected
 
 
 def _split_speakers(rows: list[dict[str, str]], config: Config, seed: int) -> dict[str, str]:

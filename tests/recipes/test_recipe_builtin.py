@@ -22,6 +22,7 @@ from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.data.manifest import Rejected, Utterance, write_manifest
+from jahubert.train.evaluation.scoring import ScoredUtterance
 from jahubert.train.experiment import checksums
 from jahubert.train.experiment.provenance import DONE
 from jahubert.train.experiment.registry import recipe_module
@@ -29,6 +30,7 @@ from jahubert.train.stages import targets
 from jahubert.train.text.normalization import recognized_characters
 
 builtin, build = recipe_module("builtin"), recipe_module("builtin", "build")
+by_group = recipe_module("builtin", "by_group")
 read_speech = builtin.read_speech
 language_model = recipe_module("builtin", "language_model")
 cluster_units = build.cluster_units
@@ -237,6 +239,77 @@ def test_too_few_speakers_and_a_missing_column_are_reported(tmp_path):
     table.write_text("file\ttext\tspeaker\na.wav\tあ\tx\n", encoding="utf-8")
     with pytest.raises(DataError, match="test_speakers"):
         list(read_speech.sentences(tmp_path, tmp_path, read_speech.Config(), 0, set()))
+
+
+def test_common_voice_releases_are_read_like_folders_with_transcripts(tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    text_of = {}
+    lines = ["client_id\tpath\tsentence\tgender\tage"]
+    for number in range(24):
+        name, text = f"common_voice_ja_{number}.wav", f"{KANA[number % 20]}いう{number}"
+        soundfile.write(clips / name, buzz(200, 0.3), RATE)
+        text_of[f"cv-common_voice_ja_{number}"] = text
+        lines.append(f"speaker{number // 6}\t{name}\t{text}\tfemale\t")
+    (tmp_path / "validated.tsv").write_text(
+        "\n".join([*lines, "x\tmissing.wav\t\t\t", "x"]), encoding="utf-8"
+    )
+    config = read_speech.Config(test_speakers=1, dev_speakers=1, speeds=())
+    items = list(read_speech.sentences(tmp_path, tmp_path / "work", config, 0, set()))
+    original = {item.id: item for item in items if isinstance(item, Utterance) and item.id in text_of}
+    assert {id: item.text for id, item in original.items()} == text_of
+    speakers = {item.split: set() for item in original.values()}
+    for id, item in original.items():
+        assert item.speaker == f"speaker{int(id.rpartition('_')[2]) // 6}"
+        speakers[item.split].add(item.speaker)
+    assert {split: len(names) for split, names in speakers.items()} == {"train": 2, "dev_cv": 1, "test_cv": 1}
+    rejected = [item.id for item in items if isinstance(item, Rejected)]
+    assert rejected == [f"{tmp_path / 'validated.tsv'}:{line}" for line in (26, 27)]
+    assert set(by_group.first_values(tmp_path, "gender").items()) == {
+        (f"speaker{number}", "female") for number in range(4)
+    }
+
+
+def utterances(wrong: dict[str, int]) -> list[ScoredUtterance]:
+    """Return 20 utterances of 10 phones for each speaker, each with the given number of wrong phones."""
+    reference = [("a",) * 10]
+    return [
+        ScoredUtterance(f"{speaker}-{i}", "", speaker, reference, [("a",) * (10 - n) + ("o",) * n])
+        for speaker, n in wrong.items()
+        for i in range(20)
+    ]
+
+
+def test_per_by_gender_and_age_has_intervals_over_utterances_and_speakers(tmp_path):
+    rows = ["x\tfemale\ttwenties", "y\t\t", "y\tmale\t", "z\t\t", "other\tmale\tteens"]
+    table = "\n".join(["speaker\tgender\tage", *rows])
+    (tmp_path / "transcripts.tsv").write_text(table, encoding="utf-8")
+    scores = by_group.group_scores(utterances({"x": 1, "y": 2, "z": 6}), tmp_path)
+    assert {
+        name: (score["speakers"], score["utterances"], score["rate"]) for name, score in scores.items()
+    } == {
+        "all": (3, 60, 0.3),
+        "all, interval over speakers": (3, 60, 0.3),
+        "gender: female": (1, 20, 0.1),
+        "gender: male": (1, 20, 0.2),
+        "gender: not stated": (1, 20, 0.6),
+        "age: not stated": (2, 40, 0.4),
+        "age: twenties": (1, 20, 0.1),
+    }
+    over_utterances, over_speakers = list(scores.values())[:2]
+    assert over_speakers["low"] == 0.1 and over_speakers["high"] == 0.6  # samples of a single speaker
+    assert 0.2 < over_utterances["low"] < 0.3 < over_utterances["high"] < 0.4
+
+
+def test_sets_without_speakers_are_scored_together(tmp_path, capsys):
+    for name, wrong in (("low", 4), ("high", 0)):
+        item = {"id": name, "talk": "", "speaker": "", "reference": ["a a a a"], "hypothesis": ["a a a a"]}
+        if wrong:
+            item["hypothesis"] = ["o o o o"]
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(item), encoding="utf-8")
+    assert by_group.main([str(tmp_path / "low.jsonl"), str(tmp_path / "high.jsonl")]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2:] == ["| all | not stated | 2 | 50.00 [0.00, 100.00] |"]
 
 
 @pytest.mark.parametrize("options", [{"speeds": (3.0,)}, {"low_speeds": (0.4,)}, {"reading": -1.0}])

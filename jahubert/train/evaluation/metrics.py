@@ -113,7 +113,8 @@ def bootstrap_interval(
     """Estimate a confidence interval of sum(errors) / sum(lengths) by bootstrap (Bisani and Ney 2004).
 
     Args:
-        errors, lengths: number of errors and reference length of each utterance.
+        errors, lengths: number of errors and reference length of each utterance, or of each speaker for an
+            interval that reflects the variation between speakers.
         n: number of bootstrap samples.
 
     Raises:
