@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_group import group_scores, table
 from language_model import read_sentences, write_language_model
 
 import jahubert
@@ -30,7 +31,7 @@ from jahubert.formats.bundle import CALIBRATION_KEY, LanguageModel, load_bundle,
 from jahubert.formats.model_files import LANGUAGE_MODEL
 from jahubert.train.clustering.streaming import load_centroids
 from jahubert.train.data.manifest import Manifest
-from jahubert.train.evaluation.scoring import display_text
+from jahubert.train.evaluation.scoring import display_text, read_hypotheses
 from jahubert.train.experiment.config import expand_user
 from jahubert.train.experiment.provenance import DONE, read_record, verify_files
 from jahubert.train.pipeline.compose import compose
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("settings", nargs="*", help="data=..., common_voice=... and any other setting")
     args = parser.parse_args(argv)
-    given = {setting.partition("=")[0] for setting in args.settings}
+    given = dict(setting.partition("=")[::2] for setting in args.settings)
     settings = [f"{name}=..." for name in SHOWN if name in given]
     settings += [setting for setting in args.settings if setting.partition("=")[0] not in (*SHOWN, "exp")]
     settings += ["--lm-texts ..."] if args.lm_texts else []
@@ -126,7 +127,8 @@ def main(argv: list[str]) -> int:
                 return status
         exp = Path(args.pack or compose(overrides)["exp"])
         check_finished(exp)
-        size = pack(exp, args.to, command, cluster_units(exp))
+        common_voice = expand_user(given["common_voice"]) if "common_voice" in given else None
+        size = pack(exp, args.to, command, cluster_units(exp), common_voice)
     except UserError as error:
         print(f"build.py: error: {error}", file=sys.stderr)
         return error.exit_status
@@ -195,7 +197,13 @@ def cluster_units(exp: Path) -> tuple[torch.Tensor, int]:
         return load_centroids(clusters / "centroids.safetensors")[0], UNIT_LAYER
 
 
-def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] | None = None) -> int:
+def pack(
+    exp: Path,
+    target: Path,
+    command: str,
+    units: tuple[torch.Tensor, int] | None = None,
+    common_voice: Path | None = None,
+) -> int:
     """Write the recognizer in `exp` with a model card, and return the size in bytes.
 
     Args:
@@ -203,9 +211,10 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
         target: folder to write.
         command: command line to show in the model card.
         units: centroids (K, D) and the layer to which they belong, for `jahubert units`.
+        common_voice: corpus that states the gender and age of speakers, for a table in the model card.
 
     Raises:
-        DataError: the folder would be too large.
+        DataError: the folder would be too large, or `common_voice` has no readable table.
         ConfigError: the recognizer has no CTC head.
     """
     system = exp / "systems" / "main"
@@ -228,7 +237,7 @@ def pack(exp: Path, target: Path, command: str, units: tuple[torch.Tensor, int] 
             folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16,
             centroids_KD=centroids_KD, centroid_layer=layer, language_model=ngram,
         )  # fmt: skip
-        page = card(bundle, scores, record, examples(exp), command)
+        page = card(bundle, scores, record, groups(exp, common_voice), examples(exp), command)
         (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
@@ -255,7 +264,27 @@ def examples(exp: Path, split: str = "test_cv", count: int = 10) -> str:
     return "\n".join([title, "", "| text | transcript |", "|---|---|", *rows, "", ""])
 
 
-def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcripts: str, command: str) -> str:
+def groups(exp: Path, common_voice: Path | None, split: str = "test_cv") -> str:
+    """Return a table of the PER by gender and age, or "" without the corpus or if `split` was not decoded."""
+    path = exp / "systems" / "main" / f"decode-{NGRAM}" / f"{split}.jsonl"
+    if common_voice is None or not path.exists():
+        return ""
+    title = (
+        "The following table shows the PER on the Common Voice sentences with the n-gram, by gender and age\n"
+        "where the corpus states them. The interval in the second row is over speakers instead of\n"
+        "utterances. Rows with one or two speakers do not show an effect of gender or age."
+    )
+    return f"{title}\n\n{table(group_scores(list(read_hypotheses(path)), common_voice), 1)}\n\n"
+
+
+def card(
+    bundle: Any,
+    scores: dict[str, Any],
+    record: dict[str, Any],
+    by_group: str,
+    transcripts: str,
+    command: str,
+) -> str:
     def cell(score: dict[str, float]) -> str:
         return f"{100 * score['rate']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
@@ -271,6 +300,7 @@ def card(bundle: Any, scores: dict[str, Any], record: dict[str, Any], transcript
         width=bundle.config.width,
         millions=sum(p.numel() for p in bundle.ctc.parameters()) / 1e6,
         rows="\n".join(rows),
+        groups=by_group,
         examples=transcripts,
         command=command,
         fingerprint=record["fingerprint"],

@@ -416,6 +416,30 @@ def test_card_has_evenly_spaced_transcripts(finished, tmp_path):
     assert table.strip() in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
+def test_card_has_a_table_by_gender_and_age(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "examples", lambda exp: "")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "transcripts.tsv").write_text(
+        "speaker\tgender\tage\nx\tfemale\t\ny\tmale\t\n", encoding="utf-8"
+    )
+    item = {"talk": "", "reference": ["a m e"]}
+    lines = [
+        item | {"id": "cv-1", "speaker": "x", "hypothesis": ["a m e"]},
+        item | {"id": "cv-2", "speaker": "y", "hypothesis": ["a m o"]},
+    ]
+    decode = finished / "systems" / "main" / "decode-ngram"
+    (decode / "test_cv.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    pages = []
+    for settings in ([], [f"common_voice={corpus}"]):
+        target = tmp_path / "model"
+        assert build.main(["--pack", str(finished), "--to", str(target), *settings]) == 0
+        pages.append((target / "README.md").read_text(encoding="utf-8"))
+    rows = ("| all | 2 | 2 | 16.7 [0.0, 33.3] |", "| gender: male | 1 | 1 | 33.3 [33.3, 33.3] |")
+    for row in rows:
+        assert row not in pages[0] and row in pages[1]
+
+
 def test_large_model_is_not_packed(finished, tmp_path, capsys, monkeypatch):
     target = tmp_path / "assets" / build.NAME
     monkeypatch.setattr(build, "LIMIT", 1000)
