@@ -94,9 +94,11 @@ def test_model_card_is_complete():
     ):
         assert part in card
     info = jahubert.load_bundle(MODEL).info
-    rows = [line for line in card.splitlines() if re.search(r"\[\d+\.\d, \d+\.\d\]", line)]
-    shown = [float(row.split("|")[3].split()[0]) for row in rows]
+    # The rows of test sets have the PER in the third column, and those of groups of speakers in the fourth.
+    shown = [float(per) for per in re.findall(r"^\| [^|]+ \| \d+ \| (\d+\.\d) \[", card, re.MULTILINE)]
     assert shown == pytest.approx([100 * info["per"][name] for name in SETS], abs=0.06)  # both are rounded
+    (all_speakers,) = re.findall(r"^\| all \| 12 \| 246 \| (\d+\.\d) \[", card, re.MULTILINE)
+    assert float(all_speakers) == pytest.approx(100 * info["per"]["test_cv"], abs=0.06)
 
 
 def test_open_jtalk_voice_is_recognized(asr):
