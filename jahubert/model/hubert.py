@@ -39,7 +39,7 @@ from jahubert.model.layers import (
     scale_gradient,
     standardize,
 )
-from jahubert.model.precision import autocast
+from jahubert.model.precision import at_least_float32, autocast
 
 if TYPE_CHECKING:
     from jahubert.model.kernels.packing import PackedShape, Packing
@@ -334,7 +334,7 @@ class HubertModel(nn.Module):
             n_frames_B = torch.full(features_BSC.shape[:1], features_BSC.shape[1], device=wav_BT.device)
         else:
             n_samples_B = length_tensor(n_samples, wav_BT.device)
-            wav_BT = self._normalize_padded(wav_BT, n_samples_B)
+            wav_BT = self.normalize_padded(wav_BT, n_samples_B)
             features_BSC = self.feature_extractor(wav_BT, n_samples if padding == "ignored" else None)
             n_frames_B = self.config.grid.n_frames(n_samples_B)
             if padding != "unmasked":
@@ -390,9 +390,11 @@ class HubertModel(nn.Module):
         deviation = torch.sqrt(wav.var(-1, unbiased=False, keepdim=True) + self.config.normalize_eps)
         return (wav - wav.mean(-1, keepdim=True)) / deviation
 
-    def _normalize_padded(self, wav_BT: Tensor, n_samples_B: Tensor) -> Tensor:
+    def normalize_padded(self, wav_BT: Tensor, n_samples_B: Tensor) -> Tensor:
         """Apply `normalize` to a padded batch, and set the samples after each utterance to zero."""
         valid_BT = length_mask(n_samples_B, wav_BT.shape[1])
         if not self.config.normalize:
             return wav_BT.masked_fill(~valid_BT, 0.0)
-        return standardize(wav_BT, valid_BT, self.config.normalize_eps)
+        # The sum of squares exceeds the range of float16.
+        normed_BT = standardize(at_least_float32(wav_BT), valid_BT, self.config.normalize_eps)
+        return normed_BT.to(wav_BT.dtype)

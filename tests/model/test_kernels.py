@@ -23,6 +23,7 @@ from jahubert.model.kernels import positional_conv as positional_conv_kernel
 from jahubert.model.kernels.attention import attend, self_attention
 from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout, keep_mask
+from jahubert.model.kernels.encoder import normalized
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.layer_norm import same_dtype_layer_norm
 from jahubert.model.kernels.packing import Packing, Sequences
@@ -198,6 +199,29 @@ def test_silence_stays_finite():
     assert output.isfinite().all()
     output.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in stack.parameters())
+
+
+def test_normalization_on_a_gpu_is_one_computation():
+    """The meta device, which has no data, stands for a GPU."""
+    model, counts = HubertModel(HubertConfig.large(**SIZES)), set()
+    for n in (2, 20):
+        with CountCalls() as mode:
+            wav_BT = torch.empty(n, 9_000, device="meta")
+            assert normalized(model, wav_BT, [9_000, *[400] * (n - 1)]).shape == (n, 9_000)
+        counts.add(mode.calls)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_normalization_of_a_batch_equals_that_of_each_waveform(dtype):
+    torch.manual_seed(0)
+    model, lengths = HubertModel(HubertConfig.large(**SIZES)), [400, 300_000, 90_000]
+    wav_BT = 0.5 + torch.randn(3, 310_000)
+    expected_BT = normalized(model, wav_BT, lengths)
+    actual_BT = model.normalize_padded(wav_BT.to(dtype), torch.tensor(lengths))
+    assert actual_BT.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(actual_BT.float(), expected_BT, rtol=tolerance, atol=tolerance)
 
 
 def test_gradient_of_a_long_utterance_is_summed_in_float32():

@@ -47,8 +47,7 @@ def encode(
     n_frames, padded_frames = [config.grid.n_frames(n) for n in lengths], config.grid.n_frames(width)
     conv_lengths = lengths if padding == "ignored" else [width] * batch
     if config.normalize or padding != "ignored":
-        wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
-        wav_BT = torch.stack([F.pad(wav_T, (0, width - len(wav_T))) for wav_T in wavs])
+        wav_BT = normalized(model, wav_BT, lengths)
     visible = [padded_frames] * batch if padding == "unmasked" else n_frames
     packing = Packing(visible, padded_frames, device, shape)
     n_frames_B, visible_B = index_tensors(device, n_frames, visible)
@@ -81,6 +80,16 @@ def encode(
             x_ND = layer_norm(encoder.layer_norm, x_ND)
     layers = {number: packing.unpack(x) for number, x in kept.items()}
     return Encoded(packing.unpack(x_ND), n_frames_B, layers, penalty_B)
+
+
+def normalized(model: HubertModel, wav_BT: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Apply `HubertModel.normalize` to each waveform, and set the samples after its end to zero."""
+    if wav_BT.device.type != "cpu":
+        (n_samples_B,) = index_tensors(wav_BT.device, lengths)
+        return model.normalize_padded(wav_BT, n_samples_B)
+    # A CPU computes one waveform at a time faster than the batch, because it fits in the cache.
+    wavs = [model.normalize(wav_T[:n]) for wav_T, n in zip(wav_BT, lengths, strict=True)]
+    return torch.stack([F.pad(wav_T, (0, wav_BT.shape[1] - len(wav_T))) for wav_T in wavs])
 
 
 def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor:
