@@ -37,6 +37,7 @@ from jahubert.train.data.masking import seeded_rng, span_mask
 from jahubert.train.data.sampler import BatchSizes, MicroBatch, Sampler
 from jahubert.train.stages.finetune import FineTuner
 from jahubert.train.stages.pretrain import Pretrainer
+from jahubert.train.trainer.loader import DeviceCopy
 from jahubert.train.trainer.optim import TrainConfig
 from jahubert.train.trainer.trainer import train
 
@@ -275,6 +276,21 @@ def test_additional_micro_batches_do_not_synchronize(device, tmp_path):
         n_parts.append(len(data.sampler.update(0, 0)))
         n_syncs.append(len(SYNCS))
     assert n_parts == [1, 3] and n_syncs[0] == n_syncs[1]
+
+
+def test_copy_of_a_micro_batch_does_not_wait_for_the_computation(device):
+    if device.type != "cuda":
+        pytest.skip("the simulated device has no streams")
+    copy_to_device, batch, computed = DeviceCopy(device), pretrain_batch().pin_memory(), torch.cuda.Event()
+    copy_to_device(batch)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    computed.record()
+    on_device = copy_to_device(batch)
+    copy_to_device.stream.synchronize()
+    assert not computed.query()
+    for name in ("wav_BT", "mask_BS", "unit_N", "masked_index_N"):
+        assert torch.equal(getattr(on_device, name).cpu(), getattr(batch, name))
 
 
 def test_resumed_training_equals_that_on_the_cpu(device, tmp_path):

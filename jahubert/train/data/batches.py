@@ -66,7 +66,7 @@ class _Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """Return a copy in pinned memory (for DataLoader), so that `to` overlaps with computation."""
+        """Return a copy in pinned memory (for DataLoader), from which `to` copies without waiting."""
         return self._map(Tensor.pin_memory)
 
     def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:

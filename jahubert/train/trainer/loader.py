@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from jahubert.errors import ConfigError
 from jahubert.frames import SAMPLE_RATE
@@ -107,6 +108,31 @@ def micro_batches(
         advice=_less_shared_memory(config),
         pin_memory=device.type == "cuda",
     )
+
+
+class DeviceCopy:
+    """Function that copies micro-batches to a device, on a GPU in a stream of its own.
+
+    The host prepares a micro-batch while the GPU computes the previous one. In its own stream, a copy from
+    pinned memory does not wait for this computation.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Any) -> Any:
+        if self.stream is None:
+            return batch.to(self.device)
+        computation = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            batch = batch.to(self.device)
+        computation.wait_stream(self.stream)
+        for value in vars(batch).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                # Otherwise, the memory of the tensor could be reused before the computation has read it.
+                value.record_stream(computation)
+        return batch
 
 
 def validation_batches(data: DataSource) -> MicroBatches:

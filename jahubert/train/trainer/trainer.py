@@ -34,6 +34,7 @@ from jahubert.train.trainer.checkpoints import Checkpoints, checkpoint_folder
 from jahubert.train.trainer.loader import (
     DataSource,
     DataState,
+    DeviceCopy,
     MicroBatches,
     check_shared_memory,
     micro_batches,
@@ -204,6 +205,7 @@ class _TrainingRun:
         self.data_state = DataState(data.sampler)
         self.metric_log = MetricLog(module, config, out)
         self.micro_batches: MicroBatches | None = None
+        self.to_device = DeviceCopy(self.device)
         self.window = Window()
         self.stop = StopSignals()  # the signals that this process has received
         self.stop_requested = False  # True if any process has received a stop signal
@@ -231,7 +233,7 @@ class _TrainingRun:
                 micro, batch = self._next_micro_batch(self.micro_batches)
                 distributed.heartbeat(f"computing step {step}")
                 last = number == accumulation_steps - 1
-                loss = self._backward(micro, batch.to(self.device), last)
+                loss = self._backward(micro, self.to_device(batch), last)
                 for name, value in {"total": loss.total, "count": loss.count, **loss.sums}.items():
                     value = value.detach() if isinstance(value, Tensor) else value
                     sums[name] = sums.get(name, 0.0) + value

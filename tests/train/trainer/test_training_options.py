@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +323,44 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
     with pytest.raises(ConfigError, match=r"process 2 .* GPU 2.* 2;"):
         distributed.process_device("auto")
     assert distributed.process_device("cpu") == torch.device("cpu")
+
+
+def test_micro_batch_is_copied_to_a_gpu_in_its_own_stream(monkeypatch):
+    """The computation waits for the copy, and the memory is not reused before the computation has read it."""
+    events = []
+
+    class Stream:
+        def __init__(self, device):
+            assert device.type == "cuda"
+
+        def wait_stream(self, other):
+            events.append(("wait", self, other))
+
+    class GpuTensor(torch.Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream):
+            events.append(("record", stream))
+
+    def to(device):
+        assert device.type == "cuda" and current == [computation, copy.stream]
+        events.append("copy")
+        return SimpleNamespace(wav_BT=torch.ones(2).as_subclass(GpuTensor), n_samples_B=torch.ones(2), seed=1)
+
+    @contextmanager
+    def stream(entered):
+        current.append(entered)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    device = torch.device("cuda", 1)
+    copy, computation = loader.DeviceCopy(device), Stream(device)
+    current = [computation]
+    assert copy(SimpleNamespace(to=to)).seed == 1
+    assert events == ["copy", ("wait", computation, copy.stream), ("record", computation)]
 
 
 def test_gpu_is_made_current_before_batches_are_pinned(monkeypatch):
