@@ -64,6 +64,16 @@ class StageEstimate:
     disk_bytes: float | None
     memory_bytes: float | None  # size of the tensors on each device, a lower bound on the memory
     note: str = ""
+    # For training: whether the rate is measured, interpolated, extrapolated or estimated
+    rate_basis: str | None = None
+
+
+@dataclass(frozen=True)
+class Days:
+    """Estimated duration of all stages on a number of GPUs."""
+
+    days: float
+    training_rates: tuple[str, ...]  # how the training rates are known (see `StageEstimate.rate_basis`)
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Plan:
     corpus: Corpus
     machine: Machine
     # Number of GPUs -> days for all stages; omits numbers that a training stage cannot use. Empty for a CPU.
-    days: dict[int, float]
+    days: dict[int, Days]
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -128,7 +138,8 @@ def make_plan(tree: dict[str, Any], jobs: Sequence[Job], options: dict[str, str]
     for n in _GPU_COUNTS if machine.memory_bytes else ():
         rows = estimate_stages(jobs, corpus, replace(machine, n_devices=n), context)
         if not any(row.hours is None and row.memory_bytes is not None for row in rows):
-            days[n] = sum(row.hours or 0 for row in rows) / 24
+            bases = dict.fromkeys(row.rate_basis for row in rows if row.rate_basis is not None)
+            days[n] = Days(sum(row.hours or 0 for row in rows) / 24, tuple(bases))
     return Plan(estimate_stages(jobs, corpus, machine, context), corpus, machine, days)
 
 
@@ -255,12 +266,10 @@ def _training(
     train: TrainConfig = config.train
     seconds = min(longest, 3600 * corpus.hours / corpus.utterances)
     precision = _precision(train, machine)
-    rate = machine.flops_fp32 if precision is torch.float32 else machine.flops_16bit
     flops_per_second = step_flops(config.model, seconds, train.recompute)
     parameters = n_parameters(config.model)
     flops = flops_per_second * train.batch_seconds * train.max_steps
     flops *= 1 - head_only_steps / train.max_steps * 2 / 3  # a backward pass costs two forward passes
-    hours: float | None = flops / rate / machine.n_devices / 3600
     micro_seconds = effective_micro_seconds(
         train,
         config.model,
@@ -271,6 +280,9 @@ def _training(
         n_devices=machine.n_devices,
     )
     micro_seconds = min(micro_seconds, train.batch_seconds / machine.n_devices)
+    lower = precision is not torch.float32
+    rate = machine.training_flops(micro_seconds) if lower else machine.flops_fp32
+    hours: float | None = flops / rate / machine.n_devices / 3600
     is_gpu = machine.memory_bytes is not None
     memory = fixed_bytes(parameters, precision, machine.n_devices, train.sharded)
     memory += micro_seconds * peak_bytes(config.model, seconds, train.recompute, precision, is_gpu)
@@ -283,8 +295,10 @@ def _training(
         f"micro-batches of {micro_seconds:.4g} s",
         f"{readers} {'reader' if readers == 1 else 'readers'} per device",
     ]
-    if not _is_measured(config.model, precision, machine):
-        notes.append("rate estimated")
+    basis = "estimated"
+    if _is_measured(config.model, precision, machine):
+        basis = machine.rate_basis(micro_seconds)
+    notes.append(f"rate {basis}")
     if machine.memory_bytes and memory > 0.9 * machine.memory_bytes:
         notes.append(
             "does not fit: lower train.micro_seconds, or set train.recompute=true or train.sharded=true"
@@ -295,7 +309,7 @@ def _training(
         train.check_processes(machine.n_devices, longest)
     except ConfigError as error:  # the run itself would fail with the same error
         hours, notes = None, [str(error)]
-    return StageEstimate(name, hours, disk, memory, ", ".join(notes))
+    return StageEstimate(name, hours, disk, memory, ", ".join(notes), basis)
 
 
 def _is_measured(model: HubertConfig, precision: torch.dtype, machine: Machine) -> bool:
@@ -389,12 +403,12 @@ def plan_table(plan: Plan) -> str:
         body.append("  ".join([*cells, line[4]]).rstrip())
     tail = []
     if plan.days:
-        days = ", ".join(
-            f"{days:.2g} on {n}" if days >= 0.01 else f"under 0.01 on {n}" for n, days in plan.days.items()
-        )
         tail = [
             "",
-            f"days of all stages by number of GPUs: {days}",
+            "days of all stages by number of GPUs:",
+            *map(_days, *zip(*plan.days.items(), strict=True)),
+        ]
+        tail += [
             "These are estimates: the rate of several GPUs (the rate of one GPU times their number, without",
             "communication), the disk and memory columns, and every rate that is not listed as measured.",
         ]
@@ -404,6 +418,12 @@ def plan_table(plan: Plan) -> str:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Convert a plan to JSON-serializable values."""
     return asdict(plan)
+
+
+def _days(n: int, days: Days) -> str:
+    duration = f"{days.days:.2g}" if days.days >= 0.01 else "under 0.01"
+    rates = f"  (training rates: {', '.join(days.training_rates)})" if days.training_rates else ""
+    return f"{n:>4}  {duration}{rates}"
 
 
 def _hours(hours: float | None) -> str:

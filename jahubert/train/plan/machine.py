@@ -52,19 +52,37 @@ GPUS = {
 }
 
 
-class MeasuredRates(NamedTuple):
-    """Rates of one GPU with HuBERT base, measured in seconds of audio per second (docs/performance.md)."""
+class TrainingRate(NamedTuple):
+    """Measured rate of training HuBERT base in bfloat16 (docs/performance.md and LOG.md)."""
 
-    training: float  # training in bfloat16 with micro-batches of at least 300 s and mixed lengths
-    features: float  # extraction of layer-6 features in float32
+    micro_seconds: float  # size of the micro-batches in seconds of audio
+    speed: float  # seconds of audio per second
     mean_seconds: float  # mean length of the utterances, weighted by length
 
 
-MEASURED = {"H200": MeasuredRates(training=5_439.0, features=3_482.0, mean_seconds=9.9)}
-# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24
-# according to `step_flops`. GPUs older than Ampere lack variable-length flash attention. For them, 0.1 is
-# assumed, because published runs of HuBERT base without it reach 0.088 (HuBERT paper: 100,000 updates in
-# 9.5 h on 32 V100) and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
+class MeasuredRates(NamedTuple):
+    """Rates of one GPU with HuBERT base."""
+
+    training: tuple[TrainingRate, ...]  # by increasing size of the micro-batches
+    features: float  # extraction of layer-6 features in float32, in seconds of audio per second
+
+
+_MIXED_SECONDS, _SIMILAR_SECONDS = 9.9, 4.4  # mean lengths in the batches of the benchmark
+MEASURED = {
+    "H200": MeasuredRates(
+        (
+            TrainingRate(87.0, 2_121.0, _SIMILAR_SECONDS),
+            TrainingRate(174.0, 3_506.0, _SIMILAR_SECONDS),
+            TrainingRate(330.0, 5_439.0, _MIXED_SECONDS),
+            TrainingRate(660.0, 5_702.0, _MIXED_SECONDS),
+        ),
+        features=3_482.0,
+    )
+}
+# Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24 with
+# micro-batches of 330 s according to `step_flops`. GPUs older than Ampere lack variable-length flash
+# attention. For them, 0.1 is assumed, because published runs of HuBERT base without it reach 0.088 (HuBERT
+# paper: 100,000 updates in 9.5 h on 32 V100) and 0.085 (minimal_hubert: 400,000 updates in 10 h on 16 H100).
 UTILIZATION, UTILIZATION_WITHOUT_FLASH = 0.2, 0.1
 # Assumed fraction of the float32 peak. It is higher than in 16 bits, because matrix products take longer
 # compared with the overhead. An H200 reaches 0.5 in feature extraction.
@@ -85,6 +103,32 @@ class Machine:
     decode_speed: float  # seconds of audio that one core decodes per second, measured on this machine
     mfcc_speed: float  # seconds of audio whose MFCCs one core computes per second, measured on this machine
     measured_model: HubertConfig | None = None  # the model whose training was measured
+    # Measured sizes of micro-batches (seconds of audio, increasing) with the FLOP/s of training in 16 bits;
+    # empty: `flops_16bit` for all sizes
+    measured_sizes: tuple[tuple[float, float], ...] = ()
+
+    def training_flops(self, micro_seconds: float) -> float:
+        """Return the FLOP/s of training in 16 bits with micro-batches of this size.
+
+        Between measured sizes, the time per micro-batch is interpolated. Below the smallest one, the time is
+        assumed to be constant, because launching kernels takes longer than computing. Above the largest one,
+        the FLOP/s are assumed to be constant.
+        """
+        if not self.measured_sizes:
+            return self.flops_16bit
+        sizes = [size for size, _ in self.measured_sizes]
+        times = [size / flops for size, flops in self.measured_sizes]
+        seconds = min(micro_seconds, sizes[-1])
+        return seconds / float(np.interp(seconds, sizes, times))
+
+    def rate_basis(self, micro_seconds: float) -> str:
+        """Return how the rate of training the measured model with micro-batches of this size is known."""
+        if not self.measured_sizes:
+            return "measured"
+        sizes = [size for size, _ in self.measured_sizes]
+        if micro_seconds >= sizes[-1] or any(abs(micro_seconds - size) <= 0.02 * size for size in sizes):
+            return "measured"
+        return "interpolated" if micro_seconds >= sizes[0] else "extrapolated"
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:
@@ -130,13 +174,21 @@ def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
         raise ConfigError(unknown_name_error("gpu", gpu, GPUS))
     name = names[gpu.lower()]
     peak, rates = GPUS[name], None if utilization else MEASURED.get(name)
+    training: tuple[tuple[float, float], ...] = ()
     if rates:
         base = HubertConfig.base()
-        flops_16bit = rates.training * step_flops(base, rates.mean_seconds, False)
-        flops_fp32 = rates.features * sum(forward_flops(base, rates.mean_seconds, layer=6))
+        training = tuple(
+            (rate.micro_seconds, rate.speed * step_flops(base, rate.mean_seconds, False))
+            for rate in rates.training
+        )
+        flops_16bit = max(flops for _, flops in training)
+        flops_fp32 = rates.features * sum(forward_flops(base, _MIXED_SECONDS, layer=6))
+        speeds = " / ".join(f"{rate.speed:,.0f}" for rate in rates.training)
+        sizes = " / ".join(f"{rate.micro_seconds:g}" for rate in rates.training)
         source = (
-            f"measured on one {name} with HuBERT base (docs/performance.md): {rates.training:,.0f} s of "
-            f"audio per second of training in bfloat16, {rates.features:,.0f} of layer-6 features in float32"
+            f"measured on one {name} with HuBERT base: {speeds} s of audio per second of training in "
+            f"bfloat16 with micro-batches of {sizes} s, and {rates.features:,.0f} of layer-6 features in "
+            "float32"
         )
     else:
         utilization = utilization or (UTILIZATION if peak.has_bfloat16 else UTILIZATION_WITHOUT_FLASH)
@@ -157,6 +209,7 @@ def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
         memory_bytes=peak.memory_bytes,
         source=source,
         measured_model=HubertConfig.base() if rates else None,
+        measured_sizes=training,
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
     )

@@ -249,8 +249,8 @@ def test_measured_rates_are_preferred_to_estimates(capsys):
     printed = capsys.readouterr().out
     assert "measured on one H200" in printed and "rate estimated" not in printed
     made, hours = hours_of(capsys, *settings)
-    audio = 400_000 * 2800 / 3600  # hours; the rate of 5,439 is for longer utterances
-    assert hours["iter2/pretrain"] == pytest.approx(audio / 5439, rel=0.04)
+    audio = 400_000 * 2800 / 3600  # hours; the rate of 5,702 is for longer utterances
+    assert hours["iter2/pretrain"] == pytest.approx(audio / 5702, rel=0.04)
     assert main(["plan", *settings, "model=large"]) == 0
     assert "rate estimated" in capsys.readouterr().out
     slower, _ = hours_of(capsys, *settings, "utilization=0.1")
@@ -259,10 +259,29 @@ def test_measured_rates_are_preferred_to_estimates(capsys):
     )
 
 
+def test_rates_are_interpolated_between_measured_sizes():
+    points = ((100.0, 1e13), (200.0, 1.6e13), (400.0, 2e13))
+    measured = replace(ONE, measured_model=HubertConfig.base(), measured_sizes=points)
+    for seconds, expected in (*points, (800.0, 2e13), (50.0, 0.5e13)):
+        assert measured.training_flops(seconds) == pytest.approx(expected)
+    # The time per micro-batch is linear: 100 / 1e13 and 200 / 1.6e13 are 10 and 12.5 ps per FLOP/s.
+    assert measured.training_flops(150.0) == pytest.approx(150 / 11.25e-12)
+    bases = [measured.rate_basis(seconds) for seconds in (50.0, 100.0, 101.0, 150.0, 400.0, 700.0)]
+    assert bases == ["extrapolated", "measured", "measured", "interpolated", "measured", "measured"]
+    assert ONE.training_flops(50.0) == ONE.flops_16bit
+
+
 def test_days_are_printed_for_several_numbers_of_gpus(capsys):
-    assert main(["plan", "recipe=reazonspeech", "stage=pretrain", "gpu=H200", "--json"]) == 0
+    settings = ["plan", "recipe=reazonspeech", "stage=pretrain", "gpu=H200"]
+    assert main([*settings, "--json"]) == 0
     days = json.loads(capsys.readouterr().out)["days"]
-    assert days["1"] == pytest.approx(8 * days["8"]) == pytest.approx(32 * days["32"])
+    # With 1, 8 and 32 GPUs, the micro-batches have 700, 350 and 87.5 s.
+    for n, speed, basis in ((1, 5702, "measured"), (8, 5466, "interpolated"), (32, 2121, "measured")):
+        expected = 250_000 * 2800 / speed / n / 86_400
+        assert days[str(n)]["days"] == pytest.approx(expected, rel=0.04)
+        assert days[str(n)]["training_rates"] == [basis]
+    assert main([*settings, "model=large", "pretrain.train.precision=fp32"]) == 0
+    assert capsys.readouterr().out.count("(training rates: estimated)") == 3
 
 
 def test_fp32_is_never_faster_than_16_bit(monkeypatch):
