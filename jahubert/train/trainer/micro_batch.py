@@ -106,13 +106,13 @@ def _useful_seconds(
 ) -> float:
     """Return the largest micro-batch size in seconds that fits in memory and may make training faster."""
     per_second = activation_bytes(model, precision, train.recompute)
+    group_seconds = train.batch_sizes.group_seconds
     if memory_bytes is None:
-        return min(_CPU_SECONDS, _CPU_BYTES / per_second)
+        return min(group_seconds, _CPU_SECONDS, _CPU_BYTES / per_second)
     fixed = fixed_bytes(n_parameters(model), precision, n_devices, train.sharded)
     fitting = (_USABLE * memory_bytes - fixed) / per_second
     # Without flash attention, merging would increase the padding for which attention is computed.
     packed = has_flash and precision.itemsize == 2
-    group_seconds = train.batch_sizes.group_seconds
     return min(fitting, max(group_seconds, _MERGED_SECONDS) if packed else group_seconds)
 
 
