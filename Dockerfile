@@ -11,7 +11,7 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSIO
 # An arbitrary --user has neither a name nor a home folder.
 ENV HOME=/tmp USER=jahubert
 
-# On a GPU, train.compile=true needs a C compiler.
+# On a GPU, Triton needs a C compiler for its kernels and for train.compile=true.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 

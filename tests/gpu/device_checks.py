@@ -26,7 +26,7 @@ from jahubert.inference.ctc import beam_search, forced_align, greedy
 from jahubert.model import centroids
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.model.kernels import PackedShape, attention, packing
+from jahubert.model.kernels import PackedShape, attention, dispatch, packing
 from jahubert.model.precision import autocast
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
@@ -159,6 +159,23 @@ def test_residual_stream_has_the_precision_of_the_products(name, device, flash_c
         encoded = model(pad(wavs()).to(device), [len(w) for w in wavs()], keep_layers=range(3))
     outputs = encoded.hidden_BSD, *encoded.layers.values()
     assert [output.dtype for output in outputs] == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_step_with_triton_kernels_is_close_to_that_with_torchs_operators(name, device, monkeypatch):
+    if device.type != "cuda":
+        pytest.skip("Triton needs a GPU; triton_checks.py tests the kernels on a CPU")
+    assert dispatch._load_triton_kernels(device) is not None
+    module, batch = pretrainer(MODELS[name]).to(device), pretrain_batch().to(device)
+    results = []
+    for _ in range(2):
+        module.zero_grad()
+        with autocast(torch.bfloat16, device):
+            loss = module(batch, 0).total
+        loss.backward()
+        results.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+        monkeypatch.setattr(dispatch, "_load_triton_kernels", lambda device: None)
+    assert float((results[0] - results[1]).norm() / results[1].norm()) < 0.03
 
 
 def test_pretraining_step_with_dropout_does_not_synchronize(device, flash_calls):

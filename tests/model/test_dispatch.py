@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from jahubert.model import kernels
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import ConvFrontEnd, Encoded, HubertConfig, HubertModel
+from jahubert.model.kernels import dispatch
 from jahubert.model.precision import quantize_int8
 
 SIZES = {"conv_dims": (24,) * 7, "width": 48, "layers": 2, "heads": 4, "ffn": 96, "pos_conv_groups": 4}
@@ -471,3 +472,18 @@ def test_hook_for_all_modules_switches_kernels_off_in_every_version_of_torch(mod
     finally:
         handle.remove()
     assert kernels.usable(model)
+
+
+def test_without_triton_a_warning_states_the_cause_once(caplog):
+    """The device does not exist, so compilation fails even if triton is installed."""
+    device = torch.device("cuda", 63)
+    dispatch._load_triton_kernels.cache_clear()
+    assert [dispatch._load_triton_kernels(device) for _ in range(3)] == [None] * 3
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "cuda:63" in record.message and "Error" in record.message
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_triton_is_not_needed_on_other_devices(device, caplog):
+    x = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
+    assert dispatch.triton_kernels_for(x) is None and not caplog.records

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
+from jahubert.model.kernels.gelu import gelu_backward
 from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
 from jahubert.model.kernels.layer_norm import layer_norm
 from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
@@ -282,17 +283,15 @@ class _GeluConv(torch.autograd.Function):
         grad_taps = [tap.new_zeros(tap.shape, dtype=torch.float32) for tap in taps]
         for start, stop in _row_ranges(x, tile_weight, ctx.width)[1]:
             rows = _rows(x, tile_weight, ctx.width, start, stop)
-            active = F.gelu(rows) if ctx.gelu else rows
             # The first product overwrites whole rows, unless the kernel is narrower than the stride.
             grad_rows = torch.empty_like(rows) if len(taps[0]) == ctx.width else torch.zeros_like(rows)
-            for j, (tap, grad_tap) in enumerate(zip(taps, grad_taps, strict=True)):
-                begin = max(start, j)
-                grad = grad_NO[begin - j : stop - j]
-                _add_product(grad_tap, active[begin - start :, : len(tap)].T, grad)
+            grads = [grad_NO[max(start - j, 0) : stop - j] for j in range(len(taps))]
+            for j, (tap, grad) in enumerate(zip(taps, grads, strict=True)):
                 if needs:
-                    matmul_into(grad_rows[begin - start :, : len(tap)], grad, tap.T, add=j > 0)
-            if ctx.gelu and needs:
-                torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_rows)
+                    matmul_into(grad_rows[max(j - start, 0) :, : len(tap)], grad, tap.T, add=j > 0)
+            active = gelu_backward(rows, grad_rows) if ctx.gelu else rows
+            for j, (grad_tap, grad) in enumerate(zip(grad_taps, grads, strict=True)):
+                _add_product(grad_tap, active[max(j - start, 0) :, : len(grad_tap)].T, grad)
             if tile_weight is not None and grad_tile_weight is not None:
                 tiles = _tile_slice(x, tile_weight, ctx.width, start, stop)
                 grad_MRC = grad_rows.view(-1, x.shape[1], tile_weight.shape[2])

@@ -1,11 +1,13 @@
-"""Selection between the plain modules and the kernels."""
+"""Selection between the plain modules, the kernels, and those of the kernels that need Triton."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_globals
 from torch.utils.checkpoint import checkpoint
 
+log = logging.getLogger(__name__)
 _enabled = os.environ.get("JAHUBERT_KERNELS", "1") != "0"
 _TORCH_MODULES = {nn.Conv1d, nn.Dropout, nn.LayerNorm, nn.Linear, nn.Module, nn.ModuleDict, nn.ModuleList}
 _FSDP = "torch.distributed.fsdp"
@@ -83,6 +86,35 @@ def usable(part: nn.Module) -> bool:
             return False
         modules.extend(module._modules.values())
     return True
+
+
+def triton_kernels_for(x: Tensor) -> ModuleType | None:
+    """Return the module `triton_kernels` if it may compute an operation on `x`, and otherwise None.
+
+    It is used in training only, for contiguous 16-bit tensors on a CUDA device for which Triton can compile,
+    and not if operations are traced or transformed. The alternative are torch's operators.
+    """
+    if type(x) is not Tensor or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
+        return None
+    return None if is_tracing() or is_transformed() else _load_triton_kernels(x.device)
+
+
+@lru_cache(maxsize=16)
+def _load_triton_kernels(device: torch.device) -> ModuleType | None:
+    """Return the module `triton_kernels` if a kernel runs on `device`; otherwise log why it does not."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        from jahubert.model.kernels import triton_kernels
+
+        triton_kernels.column_sum(torch.ones(1, 8, dtype=torch.bfloat16, device=device))
+    except Exception as error:  # the package, a C compiler or support for this GPU is missing, for example
+        log.warning(
+            "%s: Triton cannot compile kernels, so torch's slower operators are used (%s: %s)",
+            device, type(error).__name__, error,
+        )  # fmt: skip
+        return None
+    return triton_kernels
 
 
 def _is_standard(module: nn.Module) -> bool:

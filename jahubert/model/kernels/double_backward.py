@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,31 @@ def with_double_backward(output: Tensor, plain: Callable[..., Tensor], *inputs: 
     return switched
 
 
+def is_differentiated(grad: Tensor) -> bool:
+    """Return whether the backward pass of a kernel has to use differentiable operators.
+
+    This is the case with `create_graph=True` and with `is_grads_batched=True`.
+    """
+    functorch = torch._C._functorch
+    vectorized = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or bool(vectorized)
+
+
+def plain_gradients(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Recompute `plain(*inputs)`, and return differentiable gradients of the inputs that are needed."""
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # Aliases are used so that the gradient of an input excludes the paths through other inputs.
+        aliases = [None if x is None else x.view_as(x) for x in inputs]
+        differentiated = [
+            x for x, is_needed in zip(aliases, needed, strict=True) if is_needed and x is not None
+        ]
+        grads = torch.autograd.grad(plain(*aliases), differentiated, grad, create_graph=True)
+    remaining = iter(grads)
+    return tuple(next(remaining) if is_needed else None for is_needed in needed)
+
+
 class _Switch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -35,17 +60,6 @@ class _Switch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        functorch = torch._C._functorch
-        vectorized = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
-        if not (torch.is_grad_enabled() or vectorized):
+        if not is_differentiated(grad):
             return grad, None, *(None for _ in needed)
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            # Aliases are used so that the gradient of an input excludes the paths through other inputs.
-            inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
-            output = ctx.plain(*inputs)
-            differentiated = [
-                x for x, is_needed in zip(inputs, needed, strict=True) if is_needed and x is not None
-            ]
-            grads = torch.autograd.grad(output, differentiated, grad, create_graph=True)
-        remaining = iter(grads)
-        return None, None, *(next(remaining) if is_needed else None for is_needed in needed)
+        return None, None, *plain_gradients(ctx.plain, ctx.saved_tensors, needed, grad)

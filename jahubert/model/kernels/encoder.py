@@ -17,7 +17,7 @@ from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout
 from jahubert.model.kernels.feed_forward import feed_forward
 from jahubert.model.kernels.indexing import index_tensors
-from jahubert.model.kernels.layer_norm import layer_norm
+from jahubert.model.kernels.layer_norm import layer_norm, residual_norm
 from jahubert.model.kernels.packing import PackedShape, Packing
 from jahubert.model.kernels.positional_conv import positional_conv
 from jahubert.model.kernels.weights import linear
@@ -98,10 +98,10 @@ def encoder_layer(block: EncoderLayer, x_ND: Tensor, packing: Packing) -> Tensor
     first_norm, second_norm = block.layer_norm, block.final_layer_norm
     if block.pre_norm:
         attended_ND = self_attention(attention, layer_norm(first_norm, x_ND), packing)
-        x_ND = x_ND + dropout(block.dropout, attended_ND)
-        x_ND = x_ND + dropout(block.dropout, feed_forward(ffn, layer_norm(second_norm, x_ND)))
+        normed_ND, x_ND = residual_norm(second_norm, block.dropout, attended_ND, x_ND)
+        x_ND = x_ND + dropout(block.dropout, feed_forward(ffn, normed_ND))
     else:
         attended_ND = self_attention(attention, x_ND, packing)
-        x_ND = layer_norm(first_norm, x_ND + dropout(block.dropout, attended_ND))
-        x_ND = layer_norm(second_norm, x_ND + dropout(block.dropout, feed_forward(ffn, x_ND)))
+        x_ND, _ = residual_norm(first_norm, block.dropout, attended_ND, x_ND)
+        x_ND, _ = residual_norm(second_norm, block.dropout, feed_forward(ffn, x_ND), x_ND)
     return x_ND

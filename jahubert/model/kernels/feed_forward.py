@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.dropout import dropout
-from jahubert.model.kernels.products import matmul, product
+from jahubert.model.kernels.gelu import gelu_backward
+from jahubert.model.kernels.products import column_sum, matmul, product
 from jahubert.model.kernels.weights import linear, weight_copy
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_weight = matmul(grad.T, F.gelu(x))
         grad_x = matmul(grad, weight)
-        torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)
-        return grad_x, grad_weight, grad.sum(0)
+        grad_weight = matmul(grad.T, gelu_backward(x, grad_x))
+        return grad_x, grad_weight, column_sum(grad)

@@ -1,8 +1,8 @@
-"""Float32 matrix products, computed by oneDNN on AMD processors.
+"""Matrix products and sums over rows that are faster than torch's on some devices.
 
-torch computes these products with MKL, which is half as fast as oneDNN on AMD processors with AVX-512
-(`tools/bench/products.py`). On other devices and processors, and for other dtypes and small products, the
-functions call torch's products.
+torch computes float32 products with MKL, which is half as fast as oneDNN on AMD processors with AVX-512
+(`tools/bench/products.py`). On CUDA, a Triton kernel computes the bias gradients of 16-bit products. On other
+devices and processors, and for other dtypes and small products, the functions call torch's operators.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from jahubert.model.kernels.dispatch import is_tracing
-from jahubert.model.kernels.double_backward import with_double_backward
+from jahubert.model.kernels.dispatch import is_tracing, triton_kernels_for
+from jahubert.model.kernels.double_backward import is_differentiated, plain_gradients
 from jahubert.model.precision import autocast_dtype
 
 MIN_MULTIPLICATIONS = 2**20  # below this, calling oneDNN takes more time than the product
@@ -25,11 +24,10 @@ MIN_MULTIPLICATIONS = 2**20  # below this, calling oneDNN takes more time than t
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute x (N, I) @ weight (O, I).T + bias, with first and second derivatives."""
-    if not _uses_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _onednn_linear(x, weight, bias)
-    return with_double_backward(_Linear.apply(x, weight, bias), F.linear, x, weight, bias)
+    if torch.is_grad_enabled() and (_uses_onednn(x, weight) or _has_fast_bias_gradient(x, weight, bias)):
+        output: Tensor = _Linear.apply(x, weight, bias)
+        return output
+    return _linear(x, weight, bias)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -55,22 +53,34 @@ def addmm_into(out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
+def column_sum(x_ND: Tensor) -> Tensor:
+    """Sum over the rows, without derivatives."""
+    kernels = triton_kernels_for(x_ND)
+    total_D: Tensor = x_ND.sum(0) if kernels is None else kernels.column_sum(x_ND)
+    return total_D
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn_linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        if is_differentiated(grad):
+            return plain_gradients(F.linear, ctx.saved_tensors, ctx.needs_input_grad, grad)
+        x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             matmul(grad, weight) if needs_x else None,
             matmul(grad.T, x) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
+            column_sum(grad) if needs_bias else None,
         )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _onednn_linear(x, weight, bias) if _uses_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,6 +97,13 @@ def _uses_onednn(a: Tensor, b: Tensor) -> bool:
         and a.shape[0] * b.numel() >= MIN_MULTIPLICATIONS
         and onednn_is_faster()
     )
+
+
+def _has_fast_bias_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether a linear layer has a bias whose gradient a Triton kernel computes."""
+    if bias is None or triton_kernels_for(x) is None:
+        return False
+    return x.dtype is weight.dtype is bias.dtype is autocast_dtype(x)
 
 
 @lru_cache(maxsize=1)

@@ -66,8 +66,6 @@ def _make_copy(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
 
 def linear(x: Tensor, *modules: nn.Linear) -> Tensor:
     """Compute the concatenated outputs of linear layers for `x`, as one product if all have biases."""
-    if len(modules) == 1 and (is_tracing() or _shared is None):  # if autocast is on, it converts the weight
-        return product(x, modules[0].weight, modules[0].bias)
     if any(module.bias is None for module in modules):
         return torch.cat([product(x, module.weight, module.bias) for module in modules], dim=-1)
     dtype = autocast_dtype(x)
