@@ -92,15 +92,19 @@ def fusion_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def transcribe(args: argparse.Namespace) -> int:
-    for option, file in (("--lm", args.lm), ("--lexicon", args.lexicon)):
+    for option, file in (("--lm", args.lm), ("--lexicon", args.lexicon), ("--calibration", args.calibration)):
         if file == "":
             raise ConfigError(f"{option} is empty; give a file")
     output = parse_output(args)
     inputs, empty = find_inputs(args.audio, output.folder, output.endings)
     import torch
 
+    from jahubert.inference.confidence import read_calibration
     from jahubert.inference.transcribe import Transcriber
 
+    options = fusion_options(args)
+    if args.calibration is not None:
+        options["calibration"] = read_calibration(Path(args.calibration))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     asr = Transcriber.from_pretrained(
@@ -110,7 +114,7 @@ def transcribe(args: argparse.Namespace) -> int:
         vad={"builtin": True, "silero": "silero", "off": False}[args.vad],
         conditioning=not args.no_conditioning,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        **fusion_options(args),
+        **options,
     )
     if args.model is None:
         print(BUILTIN_NOTE, file=sys.stderr)
@@ -490,6 +494,11 @@ def audio_commands(command: Command) -> None:
     sub.add_argument(
         "--word-bonus", type=float, metavar="B",
         help="score added per word, or per symbol without --lexicon (default: that of the model, or 0)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--calibration", metavar="FILE",
+        help="calibration of confidences, fitted to the same search by the score stage (default: that of the "
+        "model, if it has one, unless --lm, --no-lm, --lexicon, --lm-weight or --word-bonus is given)",
     )  # fmt: skip
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")

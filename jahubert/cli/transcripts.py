@@ -70,7 +70,9 @@ def parse_output(args: argparse.Namespace) -> Output:
             raise ConfigError(
                 f"-o {args.output} is a file, but there may be several recordings; give a folder"
             )
-        check_output_file(args.output, [*args.audio, *filter(None, (args.lm, args.lexicon))])
+        check_output_file(
+            args.output, [*args.audio, *filter(None, (args.lm, args.lexicon, args.calibration))]
+        )
         return Output(formats, args.phonemes, named, file=Path(args.output))
     if args.output is not None:
         suffixes = ", ".join(suffix for suffix, _ in writers.FORMATS.values())

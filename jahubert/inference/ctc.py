@@ -39,12 +39,18 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Span:
-    """An aligned label, its frames `[start, end)`, and its mean log-probability in these frames."""
+    """An aligned label, its frames `[start, end)`, and its mean log-probability in these frames.
+
+    `confidence.align_best` also sets the posterior probability of the word that contains the label, and the
+    log-probability of the label according to the language model (0 without one).
+    """
 
     label: int
     start: int
     end: int
     score: float
+    posterior: float = 1.0
+    lm_logp: float = 0.0
 
 
 def _frame_counts(logp_BSV: Tensor, n_frames_B: Tensor | Sequence[int], blank: int) -> list[int]:

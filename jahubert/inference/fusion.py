@@ -95,6 +95,14 @@ class Fusion(ABC):
     def reweighted(self, lm_weight: float, word_bonus: float) -> Fusion:
         """Return a copy of this fusion with another weight and bonus."""
 
+    @abstractmethod
+    def label_logp(self, labels: Sequence[int], words: Sequence[str] | None) -> np.ndarray:
+        """Return the log-probability of each label of a hypothesis according to the language model.
+
+        That of a boundary is added to the preceding label, and with a lexicon, the last label of a word has
+        that of the word. Without a language model, all values are 0.
+        """
+
     def cache(self, device: torch.device, dtype: torch.dtype) -> RowCache:
         """Return this thread's cache of rows, which is kept between searches."""
         cache = getattr(self._local, "cache", None)
@@ -140,6 +148,13 @@ class SymbolFusion(Fusion):
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> SymbolFusion:
         return SymbolFusion(self.model, self.symbols, lm_weight, word_bonus)
+
+    def label_logp(self, labels: Sequence[int], words: Sequence[str] | None) -> np.ndarray:
+        logps = self.model.sentence_logp([self.symbols.symbols[label] for label in labels])[:-1]
+        for index in range(len(labels) - 1, 0, -1):
+            if labels[index] == self.boundary:
+                logps[index - 1] += logps[index]
+        return logps
 
     def expand(self, state_R: np.ndarray) -> Rows:
         shape = (len(state_R), len(self.symbols))
@@ -260,6 +275,16 @@ class LexiconFusion(Fusion):
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> LexiconFusion:
         return LexiconFusion(self.lexicon, self.model, lm_weight, word_bonus)
+
+    def label_logp(self, labels: Sequence[int], words: Sequence[str] | None) -> np.ndarray:
+        logps = np.zeros(len(labels))
+        if self.model is not None and words:
+            following = [*labels[1:], self.boundary]
+            is_last = [
+                a != self.boundary and b == self.boundary for a, b in zip(labels, following, strict=True)
+            ]
+            logps[is_last] = self.model.sentence_logp(words)[:-1]
+        return logps
 
     def expand(self, state_R: np.ndarray) -> Rows:
         node_R, lm_R = self._split_states(state_R)

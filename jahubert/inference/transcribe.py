@@ -22,8 +22,8 @@ from jahubert.formats.hub import model_name
 from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference.chunking import Chunk, batched, chunks, encode_all
 from jahubert.inference.conditioning import prepare_speech
-from jahubert.inference.confidence import Calibration, confidence
-from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, group_words
+from jahubert.inference.confidence import Calibration, align_best, confidence, word_features
+from jahubert.inference.ctc import Hypothesis, Span, beam_search, group_words
 from jahubert.inference.fusion import DEFAULT_LM_WEIGHT, load_fusion
 from jahubert.inference.reading import check_many, read_ahead, run_batch
 from jahubert.inference.silero import check_silero
@@ -66,7 +66,7 @@ class Word:
     end: float
     score: float  # mean natural log-probability per frame
     times: tuple[tuple[float, float], ...]  # start and end of each phoneme
-    confidence: float = math.nan  # estimated probability that the word is correct
+    confidence: float = math.nan  # probability that the word is correct; without boundaries: see `words_of`
     written: str = ""  # the word as written in the lexicon, or empty without a lexicon
 
     @property
@@ -140,6 +140,7 @@ class Transcript:
     score: float  # natural log-probability of all labels, plus any language model score and word bonus
     audio: str = ""  # file name, or empty for arrays and streams
     segment_starts: tuple[int, ...] = (0,)  # index of the first word of each segment
+    calibrated: bool = False  # whether the confidences are calibrated
 
     @property
     def text(self) -> str:
@@ -193,7 +194,8 @@ class Transcriber:
         lexicon: path of a file with the words to recognize, one word and its symbols per line.
         lm_weight: factor for the log-probability of the language model (default: 0.5).
         word_bonus: score added per word, or per symbol without a lexicon (default: 0).
-        calibration: coefficients of the word confidences. `from_pretrained` reads them from the model.
+        calibration: coefficients of the word confidences. By default, `from_pretrained` uses those of the
+            model, if it has any and the search is its own: with its n-gram, if any, and without a lexicon.
 
     Raises:
         CheckpointError: the head and the phoneme set differ in size.
@@ -268,18 +270,27 @@ class Transcriber:
                 f"{model_name(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
                 "the finetune stage, or another CTC model"
             )
-        if (stored := bundle.info.get(CALIBRATION_KEY)) is not None:
-            options.setdefault("calibration", Calibration.from_json(stored))
-        if bundle.language_model is not None and "lm" not in options and options.get("lexicon") is None:
-            options["lm"] = bundle.language_model.path
-            options.setdefault("lm_weight", bundle.language_model.weight)
-            options.setdefault("word_bonus", bundle.language_model.word_bonus)
+        own: dict[str, Any] = {}  # language model options of the model itself
+        if (ngram := bundle.language_model) is not None:
+            own = {"lm": ngram.path, "lm_weight": ngram.weight, "word_bonus": ngram.word_bonus}
+        if "lm" not in options and options.get("lexicon") is None:
+            options = own | options
+        # The stored calibration does not hold for another search.
+        is_own = all(
+            options.get(name) == own.get(name) for name in ("lm", "lm_weight", "word_bonus", "lexicon")
+        )
+        if is_own and (stored := bundle.info.get(CALIBRATION_KEY)) is not None:
+            options = {"calibration": Calibration.from_json(stored)} | options
         return cls(bundle.ctc, bundle.phonemes, **options)
 
     @property
     def _max_gap(self) -> int:
         """Maximum number of frames between two labels of a word."""
         return round(MAX_WORD_GAP_SECONDS * self.grid.rate)
+
+    @property
+    def _is_calibrated(self) -> bool:
+        return self.calibration is not None
 
     @property
     def grid(self) -> FrameGrid:
@@ -415,7 +426,8 @@ class Transcriber:
             if not speech:
                 peak = float(wav_T.abs().max()) if len(wav_T) else 0.0
                 _report_no_speech(name, len(wav_T), self.grid.window, peak)
-            transcripts.append(Transcript(self._words(part), len(wav_T) / SAMPLE_RATE, part.score, name))
+            words, seconds = self._words(part), len(wav_T) / SAMPLE_RATE
+            transcripts.append(Transcript(words, seconds, part.score, name, calibrated=self._is_calibrated))
         return transcripts
 
     def _transcribe_long(
@@ -459,7 +471,14 @@ class Transcriber:
                     on_segment(segment)
         if not any_speech:
             _report_no_speech(name, n_samples, self.grid.window, peak)
-        return Transcript(tuple(words), n_samples / SAMPLE_RATE, total_score, name, tuple(starts or [0]))
+        return Transcript(
+            tuple(words),
+            n_samples / SAMPLE_RATE,
+            total_score,
+            name,
+            tuple(starts or [0]),
+            self._is_calibrated,
+        )
 
     def _speech_log_probs(self, wavs: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """Return log-probabilities with phones suppressed outside speech, and whether there is any speech."""
@@ -474,12 +493,13 @@ class Transcriber:
     def _decode(self, segments: list[Segment]) -> list[Decoded]:
         """Decode segments into labels that are aligned to the frames of the recording."""
         results = []
-        best = self._search([segment.logp_SV for segment in segments])
-        for segment, hypothesis in zip(segments, best, strict=True):
-            spans = forced_align(segment.logp_SV, hypothesis.labels, self.phonemes.blank)
+        beams = self._search([segment.logp_SV for segment in segments])
+        blank, boundary = self.phonemes.blank, self.phonemes.boundary
+        for segment, beam in zip(segments, beams, strict=True):
+            spans = align_best(segment.logp_SV, beam, blank, boundary, self.fusion)
             offset = segment.start
-            spans = [Span(s.label, offset + s.start, offset + s.end, s.score) for s in spans]
-            results.append(Decoded(spans, hypothesis.score, hypothesis.words))
+            spans = [replace(s, start=offset + s.start, end=offset + s.end) for s in spans]
+            results.append(Decoded(spans, beam[0].score, beam[0].words))
         return results
 
     def _words(self, part: Decoded) -> tuple[Word, ...]:
@@ -489,22 +509,22 @@ class Transcriber:
             return tuple(words)
         return tuple(replace(word, written=written) for word, written in zip(words, part.words, strict=True))
 
-    def _search(self, logps: list[Tensor]) -> list[Hypothesis]:
-        """Find the best hypothesis for each segment, searching segments of similar length together."""
+    def _search(self, logps: list[Tensor]) -> list[list[Hypothesis]]:
+        """Return the final beam of each segment, searching segments of similar length together."""
         order = sorted(range(len(logps)), key=lambda i: len(logps[i]))
-        best: dict[int, Hypothesis] = {}
+        beams: dict[int, list[Hypothesis]] = {}
         for rows in batched(order, BEAM_ROWS):
             padded = torch.nn.utils.rnn.pad_sequence([logps[i] for i in rows], batch_first=True)
-            n_best = beam_search(
+            found = beam_search(
                 padded,
                 [len(logps[i]) for i in rows],
                 self.beam,
+                n_best=self.beam,
                 blank=self.phonemes.blank,
                 fusion=self.fusion,
             )
-            for i, hypotheses in zip(rows, n_best, strict=True):
-                best[i] = hypotheses[0]
-        return [best[i] for i in range(len(logps))]
+            beams.update(zip(rows, found, strict=True))
+        return [beams[i] for i in range(len(logps))]
 
 
 def join_cut_words(decoded: Iterable[Decoded], boundary: int, max_gap: int) -> Iterator[Decoded]:
@@ -553,13 +573,19 @@ def words_of(
 ) -> Iterator[Word]:
     """Group aligned labels into words at the boundary symbol, and at gaps of more than `max_gap` frames.
 
-    Without a boundary symbol, all labels are one word, because the text has no spaces.
+    Without a boundary symbol, all labels are one word, because the text has no spaces. As each symbol is
+    scored as a word, the confidence is the mean of the confidences of the symbols.
     """
-    for group in group_words(spans, phonemes.boundary, split_symbols=False, max_gap=max_gap):
-        yield _word(group, phonemes, grid, calibration)
+    units = list(group_words(spans, phonemes.boundary, split_symbols=True, max_gap=max_gap))
+    confidences = [confidence(features, calibration) for features in word_features(units)]
+    if phonemes.boundary >= 0:
+        for unit, estimate in zip(units, confidences, strict=True):
+            yield _word(unit, phonemes, grid, estimate)
+    elif units:
+        yield _word(list(chain(*units)), phonemes, grid, sum(confidences) / len(units))
 
 
-def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration: Calibration | None) -> Word:
+def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, estimate: float) -> Word:
     phones = tuple(phonemes.symbols[span.label] for span in spans)
     times = tuple((grid.start(s.start) / SAMPLE_RATE, grid.start(s.end) / SAMPLE_RATE) for s in spans)
     n_frames = sum(s.end - s.start for s in spans)
@@ -568,7 +594,6 @@ def _word(spans: list[Span], phonemes: PhonemeSet, grid: FrameGrid, calibration:
         kana = phones_to_kana(phones) if phonemes.are_phones else "".join(phones)
     except DataError:  # special symbols such as <unk> have no kana
         kana = "".join(phones)
-    estimate = confidence([s.score for s in spans], calibration)
     return Word(kana, phones, times[0][0], times[-1][1], score, times, estimate)
 
 

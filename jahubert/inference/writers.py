@@ -64,6 +64,7 @@ def jsonl(transcript: Transcript) -> str:
         "phonemes": list(transcript.phonemes),
         "score": round(transcript.score, 4),
         "confidence": _rounded(transcript.confidence),
+        "calibrated": transcript.calibrated,
         "words": words,
         "segments": segments,
     }

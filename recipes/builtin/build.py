@@ -64,7 +64,6 @@ SETS = {
     "test_made": "new sentences in synthetic voices that occur in training",
     "test_real": "sentences by other speakers (8 recordings)",
 }
-CALIBRATION = "dev_cv"  # split for the calibration of confidences
 NGRAM = "ngram"  # name of the decoding with the n-gram
 PRETRAINING = "builtin-pretraining"  # name of the pretraining experiment
 # Folders of the stages whose outputs are needed for packing.
@@ -105,11 +104,11 @@ def main(argv: list[str]) -> int:
     settings += ["--lm-texts ..."] if args.lm_texts else []
     command = " ".join(["python recipes/builtin/build.py", *settings])
     overrides = ["recipe=builtin"]
-    if "sentences" not in given:
-        splits = [CALIBRATION, *(name for name in SETS if name != "test_real")]
-        overrides.append(f"decode.splits=[{','.join(splits)}]")
-    overrides += args.settings
     try:
+        if "sentences" not in given:
+            splits = [name for name in compose(overrides)["decode"]["splits"] if name != "test_real"]
+            overrides.append(f"decode.splits=[{','.join(splits)}]")
+        overrides += args.settings
         if args.lm_texts:
             if args.pack is not None:
                 raise ConfigError("--lm-texts has no effect with --pack, which uses the existing n-gram")
@@ -277,6 +276,13 @@ def groups(exp: Path, common_voice: Path | None, split: str = "test_cv") -> str:
     return f"{title}\n\n{table(group_scores(list(read_hypotheses(path)), common_voice), 1)}\n\n"
 
 
+def confidence_cells(measured: dict[str, Any]) -> str:
+    """Format the reliability of confidences as the cells of a table."""
+    shares = (measured[name] for name in ("accuracy", "confidence", "calibration_error"))
+    auc = "" if measured["auc"] is None else f"{measured['auc']:.3f}"
+    return " | ".join([str(measured["words"]), *(f"{100 * share:.1f}" for share in shares), auc])
+
+
 def card(
     bundle: Any,
     scores: dict[str, Any],
@@ -295,6 +301,11 @@ def card(
         for name, score in ((name, scores[name]) for name in SETS if name in scores)
     ]
     return CARD.read_text(encoding="utf-8").format(
+        confidence_rows="\n".join(
+            f"| {SETS[name]} | {confidence_cells(scores[name]['confidence'])} |"
+            for name in SETS
+            if name in scores
+        ),
         name=NAME,
         layers=bundle.config.layers,
         width=bundle.config.width,

@@ -20,11 +20,13 @@ import soundfile
 import torch
 from fixtures.damage import fill_disk
 from fixtures.sounds import syllables
+from fixtures.terminal import Terminal
 
 import jahubert
 from jahubert.cli.feature_files import FeatureFiles
 from jahubert.cli.main import main
 from jahubert.formats.bundle import load_bundle, save_bundle
+from jahubert.inference.confidence import Calibration, WordFeatures
 from jahubert.model.hubert import HubertModel
 from jahubert.model.precision import quantize_int8
 
@@ -53,6 +55,57 @@ def test_several_files_are_named_and_one_failure_does_not_stop_the_others(bundle
     for name in ("bad.wav", "gone.wav", "empty-folder"):
         assert sum(name in line for line in errors) == 1
     assert "3 of 5" in errors[-1]
+
+
+def test_builtin_model_is_announced_once(bundle, folder, capsys, monkeypatch):
+    monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: Path(bundle))
+    assert main(["transcribe", "data"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert len(err.splitlines()) == 1 and "built-in model" in err and "--model" in err
+    assert main(["transcribe", "--model", bundle, "data"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("bias", "mark"), [(-20.0, "(?)"), (20.0, "")])
+def test_uncertain_words_are_marked_on_a_terminal_only(bundle, folder, capsys, monkeypatch, bias, mark):
+    calibration = write_calibration(folder / "calibration.json", bias)
+    arguments = ["transcribe", "--model", bundle, "--calibration", str(calibration), "data/a.wav"]
+    assert main(arguments) == 0
+    words = capsys.readouterr().out.split()
+    assert words and "(?)" not in "".join(words)
+    with (
+        Terminal() as terminal,
+        open(os.dup(terminal.slave), "w", encoding="utf-8") as stream,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", stream)
+        assert main(arguments) == 0
+    assert terminal.written.split() == [word + mark for word in words]
+
+
+def test_json_always_has_confidences(bundle, folder, capsys):
+    calibration = write_calibration(folder / "calibration.json", 0.0)
+    for options, calibrated in (([], False), (["--calibration", str(calibration)], True)):
+        assert main(["transcribe", "--model", bundle, *options, "-f", "json", "data/a.wav"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        assert content["calibrated"] is calibrated and content["words"]
+        for item in (content, *content["words"], *content["segments"][0]["words"]):
+            assert 0 <= item["confidence"] <= 1 and (item["confidence"] == 0.5) == calibrated
+
+
+def test_unusable_calibration_is_reported(bundle, folder, capsys):
+    (folder / "calibration.json").write_text('{"bias": 1.0}')
+    for name in ("", "missing.json", "calibration.json"):
+        assert main(["transcribe", "--model", bundle, "--calibration", name, "data/a.wav"]) == 2
+        assert (name or "--calibration") in capsys.readouterr().err
+
+
+def write_calibration(path: Path, bias: float) -> Path:
+    """Write a calibration with which all words have the same confidence."""
+    content = Calibration(bias, WordFeatures(*[0.0] * len(WordFeatures._fields))).to_json()
+    path.write_text(json.dumps(content))
+    return path
 
 
 def test_unexpected_exception_prints_a_traceback_and_exits_with_1(bundle, folder, capsys, monkeypatch):

@@ -192,7 +192,7 @@ def test_notes_name_every_part_that_is_dropped(tmp_path, monkeypatch, to):
         unit_head=UnitHead(48, UNITS),
         centroids_KD=torch.randn(4, 48),
         centroid_layer=1,
-        info={"confidence": {"bias": 1.0, "mean": 1.0, "lowest": 1.0}, "recipe": "demo"},
+        info={"confidence": {"bias": 1.0}, "recipe": "demo"},
         language_model=LanguageModel(tmp_path / "ngram.arpa.gz", 0.4, 2.0),
     )
     done = convert(tmp_path / "bundle", tmp_path / {"hf": "out", "onnx": "out.onnx"}.get(to, "out.pt"), to)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import jahubert
 from jahubert.errors import CheckpointError
 from jahubert.formats.bundle import save_bundle
 from jahubert.formats.hub import builtin_model
+from jahubert.inference.confidence import WordFeatures
 from jahubert.inference.features import FeatureExtractor, UnitExtractor
 from jahubert.inference.transcribe import Transcriber
 from jahubert.model.hubert import HubertModel
@@ -30,6 +32,7 @@ SETS = (
     "test_real",
 )
 LIMIT = 15_000_000  # maximum size of the model in bytes
+CLEAR = ("今日は駅で友達に会いました。", "明日の朝は早く起きます。", "新しい電車で学校へ行く。")
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +108,41 @@ def test_open_jtalk_voice_is_recognized(asr):
     pyopenjtalk = pytest.importorskip("pyopenjtalk")
     from jahubert.train.text.japanese import text_to_phones
 
-    texts = ("今日は駅で友達に会いました。", "明日の朝は早く起きます。", "新しい電車で学校へ行く。")
     waves = []
-    for text in texts:
+    for text in CLEAR:
         wave, rate = pyopenjtalk.tts(text)
         waves.append((np.asarray(wave) / 2**15).astype(np.float32))
-    references = [[phone for word in text_to_phones(text) for phone in word] for text in texts]
+    references = [[phone for word in text_to_phones(text) for phone in word] for text in CLEAR]
     assert phone_error_rate(references, list(asr.transcribe_many(waves, rate))) < 0.3
+
+
+def test_certain_words_in_clean_speech_have_a_high_confidence(asr):
+    certain = WordFeatures(mean=0.0, utterance=-0.05, posterior=1.0, lm=-1.5)
+    assert asr.calibration.confidence(certain) > 0.9
+    for name, value in (("mean", -2.0), ("utterance", -0.6), ("posterior", 0.3), ("lm", -4.0)):
+        assert asr.calibration.confidence(certain._replace(**{name: value})) < 0.9
+
+
+def test_wrong_words_are_less_confident_than_correct_ones(asr):
+    """Only the last sentence, which has rare words, is not recognized completely in the noise."""
+    pyopenjtalk = pytest.importorskip("pyopenjtalk")
+    from jahubert.train.evaluation.metrics import align
+    from jahubert.train.text.japanese import text_to_phones
+
+    confidences: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+    for text in (*CLEAR, "鷲羽山の蕎麦屋は営業中"):
+        wave, rate = pyopenjtalk.tts(text)
+        clean_T = (np.asarray(wave) / 2**15).astype(np.float32)
+        noise_T = np.random.default_rng(0).standard_normal(len(clean_T)).astype(np.float32)
+        for noisy, wav_T in ((False, clean_T), (True, clean_T + 0.15 * noise_T)):
+            words = asr.transcribe(wav_T, rate).words
+            spoken = [tuple(word) for word in text_to_phones(text)]
+            pairs = align(spoken, [word.phonemes for word in words])
+            correct = [expected == word for expected, word in pairs if word is not None]
+            for word, is_correct in zip(words, correct, strict=True):
+                confidences[noisy, is_correct].append(word.confidence)
+    clean, noisy, wrong = (np.mean(confidences[key]) for key in ((False, True), (True, True), (True, False)))
+    assert clean > 0.9 > noisy > 0.6 and wrong < 0.4
 
 
 def test_words_of_a_long_recording_are_within_one_sentence(asr, shared_data):

@@ -24,6 +24,7 @@ from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.formats.convert import convert
 from jahubert.inference import transcribe
 from jahubert.inference.chunking import chunks
+from jahubert.inference.confidence import Calibration, WordFeatures
 from jahubert.inference.transcribe import (
     CHUNK_SECONDS,
     Decoded,
@@ -506,9 +507,49 @@ def test_weights_without_a_language_model_are_refused(ctc, option):
         Transcriber(ctc, PHONEMES, **{option: 0.5})
 
 
+CALIBRATION = Calibration(0.5, WordFeatures(mean=1.0, utterance=0.25, posterior=0.1, lm=0.2))
+
+
 def test_calibration_is_read_from_the_model(ctc, tmp_path):
-    calibration = {"bias": 0.5, "mean": 1.0, "lowest": 0.25}
-    save_bundle(tmp_path / "bundle", ctc=ctc, phonemes=PHONEMES, info={"confidence": calibration})
-    assert Transcriber.from_pretrained(tmp_path / "bundle").calibration.to_json() == calibration
-    transcript = Planted().transcribe(speech("- a a - s a - -"))
-    assert transcript.words[0].confidence > 0.99 and transcript.confidence > 0.99
+    info = {"confidence": CALIBRATION.to_json()}
+    save_bundle(tmp_path / "bundle", ctc=ctc, phonemes=PHONEMES, info=info)
+    options = {"dtype": torch.float32, "vad": False}
+    asr = Transcriber.from_pretrained(tmp_path / "bundle", **options)
+    assert asr.calibration == CALIBRATION
+    transcript = asr.transcribe(syllables(1.0))
+    plain = Transcriber(ctc, PHONEMES, **options).transcribe(syllables(1.0))
+    assert transcript.calibrated and not plain.calibrated
+    assert transcript.phonemes == plain.phonemes and transcript.confidence != plain.confidence
+    other = Calibration(0.0, WordFeatures(0.0, 0.0, 0.0, 0.0))
+    assert Transcriber.from_pretrained(tmp_path / "bundle", calibration=other).calibration == other
+    assert Transcriber.from_pretrained(tmp_path / "bundle", calibration=None).calibration is None
+
+
+def test_calibration_of_the_model_does_not_hold_for_another_search(with_ngram, tmp_path):
+    info = {"confidence": CALIBRATION.to_json()}
+    bundle = load_bundle(with_ngram)
+    ngram = bundle.language_model
+    parts = {"ctc": bundle.ctc, "phonemes": PHONEMES, "info": info}
+    save_bundle(tmp_path / "ngram", language_model=ngram, **parts)
+    save_bundle(tmp_path / "plain", **parts)
+    (tmp_path / "words.txt").write_text("愛\ta i\n", encoding="utf-8")
+    lexicon = {"lexicon": tmp_path / "words.txt"}
+    own = {
+        "lm": tmp_path / "ngram" / ngram.path.name,
+        "lm_weight": ngram.weight,
+        "word_bonus": ngram.word_bonus,
+    }
+    for name, options, is_calibrated in (
+        ("ngram", {}, True),
+        ("ngram", {"lm": None}, False),
+        ("ngram", {"lm_weight": ngram.weight + 0.1}, False),
+        ("ngram", lexicon, False),
+        ("plain", {}, True),
+        ("plain", {"lm": None}, True),
+        ("plain", own, False),
+        ("plain", lexicon, False),
+        ("plain", own | {"calibration": CALIBRATION}, True),
+    ):
+        asr = Transcriber.from_pretrained(tmp_path / name, **options)
+        assert (asr.calibration == CALIBRATION) == is_calibrated, (name, options)
+        assert (asr.calibration is None) != is_calibrated

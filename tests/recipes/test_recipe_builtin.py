@@ -340,7 +340,9 @@ def finished(tmp_path, monkeypatch) -> Path:
     jahubert.save_bundle(system / "finetune" / "bundle", ctc=ctc, phonemes=jahubert.PhonemeSet.standard())
     rate = {"rate": 0.1234, "low": 0.1, "high": 0.2}
     against = {"per": {"baseline": 0.1567}}
+    measured = {"words": 31, "accuracy": 0.71, "confidence": 0.69, "calibration_error": 0.043, "auc": 0.87654}
     score = {"utterances": 17, "per": rate, "wer": rate, "kana_cer": rate, "against": against}
+    score["confidence"] = measured
     metrics = {
         "finetune": {"hours": 12.34},
         "score-ngram": {},
@@ -383,6 +385,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
     page = (target / "README.md").read_text(encoding="utf-8")
     assert "12.3 [10.0, 20.0]" in page and "| 15.7 |" in page and "| 17 |" in page and "12.3 hours" in page
+    assert "| 31 | 71.0 | 69.0 | 4.3 | 0.877 |" in page
     assert "CC BY-SA 4.0" in page and "## Intended use" in page
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
@@ -491,7 +494,10 @@ def test_sentences_are_decoded_only_if_given(monkeypatch):
     monkeypatch.setattr(build.run, "main", lambda overrides: commands.append(overrides) or 2)
     settings = ["data=/corpus", "common_voice=/cv", "pretrained=mine"]
     assert build.main(settings) == 2
-    assert any("decode.splits=[dev_cv,test_low" in item and "test_real" not in item for item in commands[0])
+    assert any(
+        "decode.splits=[dev,dev_joined,dev_cv,dev_made,test_low" in item and "test_real" not in item
+        for item in commands[0]
+    )
     assert build.main([*settings, "sentences=/s"]) == 2
     assert not any(item.startswith("decode.splits") for item in commands[1])
 

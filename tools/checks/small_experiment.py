@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jahubert.cli import main as cli
 from jahubert.formats.bundle import CALIBRATION_KEY, LanguageModel, load_bundle, save_bundle
-from jahubert.inference.confidence import Calibration
+from jahubert.inference.confidence import Calibration, WordFeatures
 from jahubert.lm.arpa import write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.train.experiment.registry import Job
@@ -86,7 +86,7 @@ def ngram_overrides(exp: Path) -> list[str]:
         "decode.splits=[dev,test]",
         "decode.tune_splits=[dev]",
         "decode.tune_word_bonuses=[20]",  # with 20, the untrained model outputs words
-        "score.calibration_split=dev",
+        "score.calibration_splits=[dev]",
     ]
 
 
@@ -118,7 +118,7 @@ def write_model(exp: Path, folder: Path) -> None:
         folder,
         ctc=bundle.ctc,
         phonemes=bundle.phonemes,
-        info={CALIBRATION_KEY: Calibration(1.0, 2.0, 0.5).to_json()},
+        info={CALIBRATION_KEY: Calibration(1.0, WordFeatures(2.0, 0.5, 1.0, 0.1)).to_json()},
         language_model=LanguageModel(exp / "phones.arpa.gz", 0.5, 20.0),
     )
 

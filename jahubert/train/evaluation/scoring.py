@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jahubert.inference.confidence import WordFeatures
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, align, bootstrap_interval, count_errors
@@ -27,7 +28,7 @@ class ScoredUtterance:
     speaker: str
     reference: Words
     hypothesis: Words
-    word_scores: list[list[float]] | None = None  # log-probabilities of the labels of each hypothesis word
+    word_features: tuple[WordFeatures, ...] | None = None  # features of each word of the hypothesis
     # Text of the corpus, and words of the hypothesis as written in the lexicon; None without a lexicon.
     reference_text: str | None = None
     written: list[str] | None = None
@@ -37,13 +38,14 @@ def read_hypotheses(path: Path) -> Iterator[ScoredUtterance]:
     """Iterate over the utterances in a hypothesis file written by the decode stage."""
     for line in path.read_bytes().splitlines():  # ids may contain Unicode line separators
         item = json.loads(line)
+        features = item.get("word_features")
         yield ScoredUtterance(
             id=item["id"],
             talk=item["talk"],
             speaker=item["speaker"],
             reference=[tuple(word.split(" ")) for word in item["reference"]],
             hypothesis=[tuple(word.split(" ")) for word in item["hypothesis"]],
-            word_scores=item.get("word_scores"),
+            word_features=None if features is None else tuple(WordFeatures(*values) for values in features),
             reference_text=item.get("reference_text"),
             written=item.get("written"),
         )
@@ -283,6 +285,15 @@ def rates_table(scores: Mapping[str, Any]) -> str:
             interval = f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}]"
             lines.append(
                 f"  {title:<{width}}{100 * rate['rate']:>7.2f} % {interval:<17} {rate['normalizer']}"
+            )
+        if measured := score.get("confidence"):
+            accuracy, mean, error = (
+                f"{100 * measured[name]:.1f} %" for name in ("accuracy", "confidence", "calibration_error")
+            )
+            auc = "" if measured["auc"] is None else f", AUC {measured['auc']:.3f}"
+            lines.append(
+                f"  confidence: mean {mean} of {measured['words']} words, of which {accuracy} are correct, "
+                f"calibration error {error}{auc}"
             )
         against = score.get("against", {})
         for name, title in measure_titles(against).items():

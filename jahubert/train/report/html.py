@@ -214,7 +214,7 @@ def _reliability(system: str, measured: Mapping[str, Any] | None, strings: Strin
     """Render a collapsible figure of the reliability of a system's word confidences."""
     if not measured:
         return ""
-    basis = measured["calibrated_on"] or strings("not_calibrated")
+    basis = ", ".join(measured["calibrated_on"]) or strings("not_calibrated")
     numbers = (f"{measured['words']:,}", f"{100 * measured['calibration_error']:.1f}", escape(basis))
     picture = figure(figures.reliability(measured["bins"]), strings("reliability_caption", *numbers))
     return details(f"{strings('reliability')}: {system}", picture)

@@ -2,9 +2,9 @@
 
 Reads   a fine-tuned model, the manifest, its targets, and a language model and lexicon if configured
 Writes  <split>.jsonl: id, talk, speaker, reference and hypothesis words as symbols, the score of the
-        hypothesis (including the weighted score of the n-gram, if any), the mean log-probabilities of the
-        labels of each word, and, if configured, the n-best list, and with a lexicon, the reference text and
-        the words as written in the lexicon;
+        hypothesis (including the weighted score of the n-gram, if any), the features of each word for the
+        calibration of confidences, and, if configured, the n-best list, and with a lexicon, the reference
+        text and the words as written in the lexicon;
         phonemes.json: the vocabulary; with `align_splits`, also alignment.jsonl: phone and word times; with
         `tune_splits`, also tuning.json: the error rate for each weight and bonus tried
 
@@ -33,6 +33,7 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.inference.conditioning import prepare_speech
+from jahubert.inference.confidence import align_best, word_features
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy, group_words
 from jahubert.inference.fusion import DEFAULT_LM_WEIGHT, Fusion, load_fusion
 from jahubert.inference.vad import suppress_nonspeech
@@ -57,7 +58,7 @@ from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a frame of its phone
 
 
@@ -125,13 +126,12 @@ Search = Callable[[Tensor, Tensor], Sequence[Sequence[Hypothesis]]]
 def make_search(config: Config, symbols: PhonemeSet, fusion: Fusion | None = None) -> Search:
     """Create a function that maps log-probabilities (B, S, V) and frame counts (B,) to ranked hypotheses.
 
-    For n-best lists, the function returns the whole beam, because entries that differ only in word boundaries
-    at the start or end are merged later.
+    Beam search returns the whole beam: the features of words depend on all hypotheses, and entries of n-best
+    lists that differ only in word boundaries at the start or end are merged later.
     """
-    n_best = 1 if config.n_best == 1 else config.beam
     if config.search == "greedy":
         return lambda logp_BSV, n_frames_B: [[best] for best in greedy(logp_BSV, n_frames_B, symbols.blank)]
-    return partial(beam_search, beam=config.beam, n_best=n_best, blank=symbols.blank, fusion=fusion)
+    return partial(beam_search, beam=config.beam, n_best=config.beam, blank=symbols.blank, fusion=fusion)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -173,7 +173,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             results = zip(rows_B, hypotheses_B, logp_BSV, n_frames_B.tolist(), strict=True)
             lines.append(
                 [
-                    _hypothesis_line(manifest[row], targets, row, hypotheses, logp_SV[:n], config.n_best)
+                    _hypothesis_line(
+                        manifest[row], targets, row, hypotheses, logp_SV[:n], config.n_best, fusion
+                    )
                     for row, hypotheses, logp_SV, n in results
                 ]
             )
@@ -302,9 +304,14 @@ def _hypothesis_line(
     hypotheses: Sequence[Hypothesis],
     logp_SV: Tensor,
     n_best: int,
+    fusion: Fusion | None,
 ) -> str:
+    symbols = targets.phonemes
+    spans = align_best(logp_SV, hypotheses, symbols.blank, symbols.boundary, fusion)
+    words = list(group_words(spans, symbols.boundary, split_symbols=True))
+
     def to_words(labels: Sequence[int]) -> tuple[str, ...]:
-        return tuple(" ".join(word) for word in split_words(targets.phonemes, labels))
+        return tuple(" ".join(word) for word in split_words(symbols, labels))
 
     line: dict[str, Any] = {
         "id": utterance.id,
@@ -313,7 +320,7 @@ def _hypothesis_line(
         "reference": to_words(targets[row].tolist()),
         "hypothesis": to_words(hypotheses[0].labels),
         "score": hypotheses[0].score,
-        "word_scores": word_scores(hypotheses[0].labels, logp_SV, targets.phonemes),
+        "word_features": [[round(value, 4) for value in features] for features in word_features(words)],
     }
     if hypotheses[0].words is not None:
         line |= {"reference_text": utterance.text, "written": hypotheses[0].words}
@@ -323,13 +330,6 @@ def _hypothesis_line(
             unique.setdefault(to_words(hypothesis.labels), hypothesis.score)
         line["n_best"] = [{"words": words, "score": score} for words, score in unique.items()][:n_best]
     return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def word_scores(labels: Sequence[int], logp_SV: Tensor, symbols: PhonemeSet) -> list[list[float]]:
-    """Return the mean log-probability of each label in its forced alignment, grouped by word."""
-    spans = forced_align(logp_SV, labels, symbols.blank)
-    words = group_words(spans, symbols.boundary, split_symbols=True)
-    return [[round(span.score, 4) for span in word] for word in words]
 
 
 def talk_of(utterance: Utterance) -> str:

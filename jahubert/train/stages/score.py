@@ -4,7 +4,7 @@ Reads   the hypotheses written by the decode stage, and those of another system 
 Writes  scores.json: all measures by set (with confidence intervals), talk and speaker, confusions, the
         reliability of confidences and, with `baseline`, the significance test; <split>.txt: the same
         results as text, with an alignment of every utterance; table.txt: the printed table; with
-        `calibration_split`, also calibration.json: the calibration of confidences
+        `calibration_splits`, also calibration.json: the calibration of confidences
 
     python -m jahubert.run recipe=demo stage=score system=pretrained
     python -m jahubert.run recipe=demo stage=score system=pretrained decoding=greedy \
@@ -20,7 +20,7 @@ from typing import Any
 
 from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_write
-from jahubert.inference.confidence import Calibration, fit_calibration
+from jahubert.inference.confidence import Calibration, WordFeatures, fit_calibration
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.evaluation.metrics import paired_bootstrap
 from jahubert.train.evaluation.scoring import (
@@ -44,7 +44,7 @@ from jahubert.train.report.results import result_label
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 _N_CONFUSIONS = 30
 
 
@@ -54,7 +54,7 @@ class Config:
     baseline: Path | None = None  # decode folder of a baseline, for a paired significance test
     # Published WERs (%) to show for comparison, as name: {split: WER}.
     published: dict[str, Any] = field(default_factory=dict)
-    calibration_split: str | None = None  # split on which the word confidences are calibrated
+    calibration_splits: tuple[str, ...] = ()  # splits on which the word confidences are calibrated
     samples: int = 1000  # number of bootstrap samples
     seed: int = 0  # random seed of the bootstrap
 
@@ -75,7 +75,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             score["against"] = compare_with_baseline(set_score, config.baseline / path.name, config)
         judged = judge_words(set_score.utterances)
         if (found := evaluate_confidence(judged, calibration)) is not None:
-            score["confidence"] = asdict(found) | {"calibrated_on": config.calibration_split}
+            score["confidence"] = asdict(found) | {"calibrated_on": list(config.calibration_splits)}
         scores[path.stem] = score
         metrics |= {f"{path.stem}_{name}": score[name]["rate"] for name in set_score.counts}
         if distributed.rank() == 0:
@@ -95,26 +95,24 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 
 def calibrate(config: Config) -> Calibration | None:
-    """Fit the calibration of confidences, or return None if no split is set or its hypotheses have no words.
+    """Fit the calibration of confidences, or return None if no splits are set or no hypothesis has words.
 
     Raises:
-        DataError: there are no hypotheses for the split.
+        DataError: there are no hypotheses for a split.
     """
-    if config.calibration_split is None:
+    judged: list[tuple[WordFeatures, bool]] = []
+    for split in config.calibration_splits:
+        path = config.hypotheses / f"{split}.jsonl"
+        if not path.is_file():
+            raise DataError(f"score.calibration_splits: {path} not found; add {split!r} to decode.splits")
+        judged += judge_words(read_hypotheses(path))
+    if not judged:
+        if config.calibration_splits:
+            log.warning(
+                "score.calibration_splits: confidences are not calibrated, because all hypotheses are empty"
+            )
         return None
-    path = config.hypotheses / f"{config.calibration_split}.jsonl"
-    if not path.is_file():
-        raise DataError(
-            f"score.calibration_split: {path} not found; add {config.calibration_split!r} to decode.splits"
-        )
-    scores, correct = judge_words(read_hypotheses(path))
-    if not scores:
-        log.warning(
-            "score.calibration_split: confidences are not calibrated, because all hypotheses of %s are empty",
-            config.calibration_split,
-        )
-        return None
-    return fit_calibration(scores, correct)
+    return fit_calibration(*zip(*judged, strict=True))
 
 
 def _hypothesis_files(folder: Path) -> list[Path]:

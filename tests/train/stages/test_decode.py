@@ -14,6 +14,7 @@ from fixtures.sounds import nonspeech, syllables
 import jahubert
 from jahubert.audio import AudioSource
 from jahubert.frames import HUBERT
+from jahubert.inference.confidence import Calibration, WordFeatures
 from jahubert.inference.ctc import Span
 from jahubert.train.data.manifest import Utterance, write_manifest
 from jahubert.train.stages import decode, targets
@@ -70,13 +71,18 @@ def test_stage_and_transcriber_agree(recognizer, corpus, tmp_path, vad, conditio
     options = {"beam": 5, "device": "cpu", "vad": vad, "conditioning": conditioning}
     config = decode.Config(**corpus, model=recognizer, splits=("test",), **options)
     decode.run(config, tmp_path / "out")
-    asr = jahubert.Transcriber.from_pretrained(recognizer, dtype=torch.float32, **options)
+    calibration = Calibration(0.1, WordFeatures(mean=0.4, utterance=0.3, posterior=1.0, lm=0.2))
+    asr = jahubert.Transcriber.from_pretrained(
+        recognizer, dtype=torch.float32, calibration=calibration, **options
+    )
     lines = (tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(recordings())
     for line in map(json.loads, lines):
         transcript = asr.transcribe(tmp_path / f"{line['id']}.wav")
         assert tuple(line["hypothesis"]) == tuple(" ".join(word.phonemes) for word in transcript.words)
         assert line["score"] == pytest.approx(transcript.score, abs=1e-2)
+        estimates = [calibration.confidence(WordFeatures(*values)) for values in line["word_features"]]
+        assert [word.confidence for word in transcript.words] == pytest.approx(estimates, abs=1e-3)
         assert bool(transcript.words) == (line["id"] != "clicks" or not vad)
 
 

@@ -184,21 +184,23 @@ def test_character_ngram_is_used_in_decoding(trained, tmp_path):
     assert [line["id"] for line in plain] == [line["id"] for line in fused]
     assert all(a["score"] > b["score"] for a, b in zip(plain, fused, strict=True))
     for line in fused:
-        assert [len(word) for word in line["word_scores"]] == [1] * len(line["hypothesis"])
+        assert len(line["word_features"]) == len(line["hypothesis"])
 
 
 def test_confidences_are_calibrated_on_a_split(trained, tmp_path):
     exp = trained("characters")
     decoded(exp, tmp_path / "decode")
     (tmp_path / "score").mkdir()
-    config = score.Config(tmp_path / "decode", calibration_split="test", samples=10)
+    config = score.Config(tmp_path / "decode", calibration_splits=("test",), samples=10)
     score.run(config, tmp_path / "score")
     assert Calibration.from_json(json.loads((tmp_path / "score/calibration.json").read_text()))
     measured = json.loads((tmp_path / "score/scores.json").read_text())["test"]["confidence"]
     assert measured["confidence"] == pytest.approx(measured["accuracy"], abs=0.05)
-    assert measured["calibrated_on"] == "test" and measured["words"] > 0
-    with pytest.raises(DataError, match=r"score\.calibration_split"):
-        score.run(replace(config, calibration_split="dev"), tmp_path / "score")
+    assert measured["calibrated_on"] == ["test"] and measured["words"] > 0
+    table = (tmp_path / "score/table.txt").read_text(encoding="utf-8")
+    assert f"confidence: mean {100 * measured['confidence']:.1f} % of {measured['words']} words" in table
+    with pytest.raises(DataError, match=r"score\.calibration_splits"):
+        score.run(replace(config, calibration_splits=("test", "dev")), tmp_path / "score")
 
 
 @pytest.mark.parametrize(
