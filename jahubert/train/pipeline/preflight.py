@@ -7,8 +7,6 @@ soon as the manifest exists. All errors are reported at once.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from jahubert.train.experiment.config import input_fields, raise_config_errors, 
 from jahubert.train.experiment.provenance import DONE, input_fingerprint
 from jahubert.train.experiment.registry import ENGINES, Job, resolve
 from jahubert.train.trainer.optim import TrainConfig, pick_precision
+from jahubert.train.trainer.parallel import can_compile
 from jahubert.train.trainer.tracker import check_tracker
 
 
@@ -89,10 +88,8 @@ def _job_errors(stage: str, config: Any, out: Path, outputs: Sequence[Path], pro
 
 
 def _check_compiler(train: TrainConfig, device: torch.device | None) -> None:
-    """Raise ConfigError if `compile` is set on a GPU, but Triton, which requires a C compiler, finds none."""
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    on_gpu = device is not None and device.type == "cuda"
-    if train.compile and on_gpu and not any(name and shutil.which(name) for name in compilers):
+    """Raise ConfigError if `compile` is set on a GPU, but there is no C compiler."""
+    if train.compile and device is not None and not can_compile(device):
         raise ConfigError("compile=true on a GPU requires a C compiler; install gcc, or set compile=false")
 
 

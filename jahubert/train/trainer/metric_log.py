@@ -19,7 +19,13 @@ from jahubert.formats.atomic import atomic_path, atomic_write
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.checksums import file_crc32
 from jahubert.train.trainer.optim import TrainConfig, lr_at
-from jahubert.train.trainer.parallel import compiled_graphs, full_state, load_full_state, uncompiled
+from jahubert.train.trainer.parallel import (
+    compiled_graphs,
+    failed_compilations,
+    full_state,
+    load_full_state,
+    uncompiled,
+)
 from jahubert.train.trainer.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -45,6 +51,7 @@ class MetricLog:
         self.last_metrics: dict[str, float] = {}
         self.tracker: Tracker | None = None
         self.graphs = compiled_graphs()  # number of compiled graphs at the last log line
+        self.failures = failed_compilations()  # number of failed compilations at the last log line
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -77,6 +84,7 @@ class MetricLog:
             if self.config.compile:
                 before, self.graphs = self.graphs, compiled_graphs()
                 timing["compiled_graphs"] = self.graphs - before
+                self._warn_about_failed_compilations()
             self._write(row | {"timing": timing})
             line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
             line += f"  {timing['audio_hours_per_hour']:.4g} audio-h/h"
@@ -84,6 +92,15 @@ class MetricLog:
             line += f"  compiled graphs: {timing['compiled_graphs']}" if timing.get("compiled_graphs") else ""
             line += f"  {duration(remaining)} left"
             log.info("step %d/%d  %s", step, self.config.max_steps, line)
+
+    def _warn_about_failed_compilations(self) -> None:
+        before, self.failures = self.failures, failed_compilations()
+        if self.failures > before:
+            log.warning(
+                "compile=true: torch.compile has given up on %d functions, which now run uncompiled and more "
+                "slowly; the warnings of torch._dynamo state the reason",
+                self.failures - before,
+            )
 
     def validation_due(self, step: int) -> bool:
         every = self.config.valid_every

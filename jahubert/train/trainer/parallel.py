@@ -7,6 +7,8 @@ them back to plain parameters.
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -131,8 +133,12 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
     Args:
         recompute: whether to store only the input of a block and recompute the block in the backward pass.
         compiled: whether to compile the blocks. All of them share one graph if batches have equal shapes.
+            Otherwise, sizes that have changed become dynamic. With static sizes (`dynamic=False`), the shared
+            graph would be the same, but torch.compile would soon give up in float32, where attention is
+            computed on padded batches of various sizes.
     """
     if compiled:
+        torch.compiler.reset()  # the sizes of earlier runs in this process do not count as changed
         # By default, the graph of a block that is larger than a DDP bucket is split, so that its gradients
         # are reduced during the backward pass. The split is unnecessary if each block has its own graph.
         torch._dynamo.config.optimize_ddp = False
@@ -143,6 +149,12 @@ def wrap_blocks(blocks: Sequence[nn.Module], recompute: bool, compiled: bool) ->
             block.forward = partial(checkpoint, forward, use_reentrant=False)
         elif compiled:
             block.compile()
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether there is a C compiler, which Triton requires for kernels on a GPU."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    return device.type != "cuda" or any(name and shutil.which(name) for name in compilers)
 
 
 def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
@@ -156,8 +168,20 @@ def uncompiled(enabled: bool) -> AbstractContextManager[Any]:
 
 def compiled_graphs() -> int:
     """Return how often torch.compile has compiled a graph in this process, including recompilations."""
+    return _dynamo_counter("stats", "unique_graphs")
+
+
+def failed_compilations() -> int:
+    """Return how often torch.compile has given up on a function in this process, which then runs uncompiled.
+
+    torch.compile gives up if, for example, a function has been recompiled too often.
+    """
+    return _dynamo_counter("frames", "total") - _dynamo_counter("frames", "ok")
+
+
+def _dynamo_counter(group: str, name: str) -> int:
     dynamo = sys.modules.get("torch._dynamo.utils")  # importing this module takes a second
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+    return int(dynamo.counters[group][name]) if dynamo else 0
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from jahubert.model.kernels import PackedShape, attention, encoder, packing, wei
 from jahubert.model.kernels.packing import Packing, Sequences
 from jahubert.train.data.sampler import BatchSizes, Sampler
 from jahubert.train.stages.pretrain import Pretrainer, evaluate
-from jahubert.train.trainer.parallel import wrap_blocks
+from jahubert.train.trainer.parallel import failed_compilations, wrap_blocks
 from jahubert.train.trainer.trainer import train
 
 CPU = torch.device("cpu")
@@ -222,6 +222,41 @@ def test_flash_attention_of_torch_is_compiled_once(counter, monkeypatch):
     assert len(calls) == 1 and calls[0].args[5:] == (60, 60, 0.1, False, False)
 
 
+def test_another_run_in_the_process_is_compiled_for_its_own_shape(counter, monkeypatch):
+    """torch.compile makes sizes dynamic that differ from those of an earlier compilation."""
+    monkeypatch.setattr(packing, "has_flash_attention", lambda device: True)
+    for module in (attention, weights):
+        monkeypatch.setattr(module, "autocast_dtype", lambda tensor: torch.bfloat16)
+    meta = torch.device("meta")
+    for n_rows in (128, 256):
+        shape = PackedShape(n_utterances=3, n_rows=n_rows, n_tiles=32, longest=60)
+        block = EncoderLayer(replace(QUIET, heads=4)).to(meta, torch.bfloat16).train()
+        wrap_blocks([block], recompute=False, compiled=True)
+        x_ND = torch.empty(n_rows, QUIET.width, device=meta, dtype=torch.bfloat16, requires_grad=True)
+        block(x_ND, Packing([60, 30], 60, meta, shape)).sum().backward()
+    inputs = [
+        [n.meta["example_value"] for n in g.graph.nodes if n.op == "placeholder"] for g in counter.graphs
+    ]
+    assert len(inputs) == 2
+    assert not any(isinstance(value, torch.SymInt) for values in inputs for value in values)
+
+
+def test_float32_blocks_are_compiled_only_a_few_times(counter, monkeypatch):
+    """In float32, a GPU computes attention on padded batches, whose sizes are not fixed."""
+    monkeypatch.setattr(packing, "has_flash_attention", lambda device: False)
+    for module in (attention, weights):  # the meta device has no autocast
+        monkeypatch.setattr(module, "autocast_dtype", lambda tensor: torch.float32)
+    meta, shape = torch.device("meta"), PackedShape(n_utterances=6, n_rows=256, n_tiles=32, longest=60)
+    block = EncoderLayer(replace(QUIET, dropout=0.1, attention_dropout=0.1)).to(meta).train()
+    wrap_blocks([block], recompute=False, compiled=True)
+    failures = failed_compilations()
+    for n_frames in ([60] * 4, [50, 49, 50], [33], [20] * 5, [41, 40, 17], [12]):
+        x_ND = torch.empty(256, QUIET.width, device=meta, requires_grad=True)
+        block(x_ND, Packing(n_frames, max(n_frames), meta, shape)).sum().backward()
+    assert 1 < counter.frame_count < torch._dynamo.config.recompile_limit
+    assert failed_compilations() == failures
+
+
 def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
     caplog.set_level("INFO")
     config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=3.0, precision="bf16", compile=True)
@@ -234,3 +269,14 @@ def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
     assert sum("valid_loss" in row for row in rows) == 4
     messages = [record.message for record in caplog.records if "audio-h/h" in record.message]
     assert ["compiled graphs: " in message for message in messages] == [True, False, False, False]
+    assert not any("compile=true" in record.message for record in caplog.records)
+
+
+def test_blocks_that_run_uncompiled_cause_a_warning(corpus, tmp_path, counter, caplog, monkeypatch):
+    """In float32 on a CPU, the sizes of a block differ between micro-batches."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=3.0, compile=True, log_every=1)
+    data = noise_pretraining(corpus, 3.0, config.batch_sizes.one_shape)
+    train(pretrainer(), data, config, tmp_path)
+    warnings = [record.message for record in caplog.records if "compile=true" in record.message]
+    assert len(warnings) == 1 and "uncompiled" in warnings[0]
