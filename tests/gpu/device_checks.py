@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from jahubert.model import centroids
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.model.kernels import PackedShape, attention, dispatch, packing
+from jahubert.model.kernels.packing import Packing
 from jahubert.model.precision import autocast
 from jahubert.train.clustering import lloyd as lloyd_module
 from jahubert.train.clustering.features import HubertLayer, Mfcc
@@ -39,6 +41,12 @@ from jahubert.train.stages.finetune import FineTuner
 from jahubert.train.stages.pretrain import Pretrainer
 from jahubert.train.trainer.loader import DeviceCopy
 from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.parallel import (
+    can_compile,
+    compiled_graphs,
+    failed_compilations,
+    wrap_blocks,
+)
 from jahubert.train.trainer.trainer import train
 
 UNITS = 7
@@ -150,6 +158,102 @@ def test_bfloat16_step_is_close_to_the_float32_step(name, one_shape, device, fla
         torch.cat([g.flatten().cpu() for g in each.values()]) for each in (grads, expected_grads)
     )
     assert float((grad - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_attention_equals_attention_on_padded_batches(dtype, device, flash_calls):
+    """The outputs and the gradients are compared for utterances of different lengths and without dropout."""
+    n_frames = [300, 1, 49, 130]
+    shape = PackedShape(n_utterances=6, n_rows=640, n_tiles=80, longest=400)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 640, 4, 64, generator=generator).to(dtype)
+    grad_NHE, results = values[3, : sum(n_frames)].to(device), []
+    for flash in (True, False):
+        inputs = [x.to(device).requires_grad_() for x in values[:3]]
+        packed = Packing(n_frames, 300, device, shape)
+        packed.flash = packed.flash if flash else None
+        out_NHE = attention.attend(*inputs, packed, 0.0)[: sum(n_frames)]
+        grads = torch.autograd.grad(out_NHE, inputs, grad_NHE)
+        results.append([out_NHE.detach(), *(grad[: sum(n_frames)] for grad in grads)])
+    assert flash_calls == [0.0]
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype == dtype
+        difference = (actual.cpu().float() - expected.cpu().float()).norm()
+        assert float(difference / expected.cpu().float().norm()) < (2e-2 if dtype is torch.bfloat16 else 4e-3)
+
+
+@pytest.fixture
+def compiling_device(monkeypatch) -> Iterator[torch.device]:
+    """Return a GPU, or a CPU that uses the attention of a GPU and compiles without inductor."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        if not (packing.has_flash_attention(device) and can_compile(device)):
+            pytest.skip("needs a GPU with flash attention and a C compiler")
+        yield device
+    else:
+        monkeypatch.setattr(packing, "has_flash_attention", lambda device: True)
+        monkeypatch.setattr(attention, "flash_attention", by_mask)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        yield torch.device("cpu")
+    torch.compiler.reset()
+
+
+def parts_of_one_shape() -> list[PretrainBatch]:
+    """Return three micro-batches with one, two and three utterances that are padded to one shape."""
+    shape = PackedShape.largest(HUBERT, 8_000, 30_000, 120_000)
+    whole, parts = pretrain_batch(), []
+    n_masked = [0, *whole.mask_BS.sum(1).cumsum(0).tolist()]
+    for n in (1, 2, 3):
+        parts.append(
+            PretrainBatch(
+                whole.wav_BT[:n],
+                whole.n_samples_B[:n],
+                whole.mask_BS[:n],
+                whole.unit_N[: n_masked[n]],
+                shape=shape,
+            )
+        )
+    return parts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_blocks_equal_eager_ones(name, compiling_device):
+    device, results = compiling_device, []
+    for compiled in (False, True):
+        module, losses = pretrainer(MODELS[name]).to(device), []
+        wrap_blocks(module.blocks, recompute=False, compiled=compiled)
+        graphs, failures = compiled_graphs(), failed_compilations()
+        for batch in parts_of_one_shape():
+            with autocast(torch.bfloat16, device):
+                loss = module(batch.to(device), 0).total
+            loss.backward()
+            losses.append(float(loss.detach()))
+            assert compiled_graphs() - graphs == int(compiled)
+        assert failed_compilations() == failures
+        grad = torch.cat([p.grad.flatten().cpu() for p in module.parameters() if p.grad is not None])
+        results.append((losses, grad))
+    (losses, grad), (compiled_losses, compiled_grad) = results
+    assert compiled_losses == pytest.approx(losses, rel=0.01)
+    assert float((compiled_grad - grad).norm() / grad.norm()) < 0.05
+
+
+def test_blocks_with_dropout_are_compiled_once(compiling_device):
+    """The same seed yields the same loss, and another seed, with other dropout masks, another loss."""
+    device, losses = compiling_device, []
+    module = pretrainer(replace(MODELS["base"], dropout=0.1, attention_dropout=0.1)).to(device)
+    wrap_blocks(module.blocks, recompute=False, compiled=True)
+    graphs = compiled_graphs()
+    for seed in (4, 5, 5, 6):
+        torch.manual_seed(seed)
+        for batch in parts_of_one_shape():
+            with autocast(torch.bfloat16, device):
+                loss = module(batch.to(device), 0).total
+            loss.backward()
+        losses.append(float(loss.detach()))
+        if device.type == "cuda":  # the dropout of a CPU cannot be compiled
+            assert compiled_graphs() - graphs == 1
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) != losses[3]
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("name", MODELS)
