@@ -6,18 +6,23 @@
 
 The script requires torch, numpy, safetensors, soundfile and soxr. transformers and torchaudio are measured
 for comparison if they can be imported. The device tests require pytest. The device tests and the sections
-engine, labels, kmeans and compiled require the extra `train`. Sections whose packages are missing, and
-sections that are expected to end after `--minutes`, are listed as skipped. Steps of all models are
-interleaved in one process, and their times are medians. Memory is the peak above the memory of weights,
-gradients and optimizer state. "Of peak" is the FLOP/s required for the valid frames, divided by the FLOP/s of
-a large matrix product in the same run. The column "goal" contains the project's goals, which are lower or
-upper limits. A list of all goals, including those that were not measured, follows the table. The JSON file is
-written after each section. The exit status is 1 if a section or a device test failed.
+engine, compiled-engine, labels and kmeans require the extra `train`. Sections whose packages are missing are
+listed as skipped. A section has fewer repetitions if the following sections would otherwise not end within
+`--minutes`, and is listed as skipped if it is not expected to end in time itself.
+
+Steps of all models are measured in turns in one process, and their times are medians. A peer that has too
+little memory for a batch computes a half or a quarter of it. Memory is the peak above the memory of weights,
+gradients and optimizer state; ratios of memory are per second of audio. The sections compiled and
+compiled-engine measure blocks that are compiled for one shape, to which all micro-batches are padded. The
+column "goal" contains the project's goals, which are lower or upper limits. A list of all goals, including
+those that were not measured, and the definition of "of peak" follow the table. The JSON file is written after
+each section. The exit status is 1 if a section or a device test failed.
 """
 
 import argparse
-import gc
+import importlib.metadata
 import json
+import math
 import os
 import re
 import statistics
@@ -26,145 +31,58 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import extract
 import numpy as np
-import pretrain_step
 import torch
-from gpu_report import MICRO_BATCH, PEERS, Report, Settings, Skipped, format_row
+from gpu_report import OF_PEAK, PEERS, Report, Settings, Skipped, format_row
 from gpu_stages import check_train_extra, engine, labels
-from kernel_profile import by_group, profile_steps
+from gpu_steps import compiled, compiled_trainer, free_memory, large, step
 from peers import importable
-from pretrain_step import make_batch, matrix_peak, synchronize
+from pretrain_step import synchronize
 from torch import nn
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.inference.ctc import beam_search
-from jahubert.model.hubert import HubertConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def device_tests(report: Report, run: Settings) -> None:
+    """Run the device tests in another process, while this one imports the peers and compiles blocks."""
     if run.device.type == "cpu":
         raise Skipped("needs a GPU")
     if not importable("pytest"):
         raise Skipped("pytest is not installed")
     check_train_extra()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/device_checks.py"]
+    files = ("tests/gpu/device_checks.py", "tests/gpu/triton_checks.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     index, visible = run.device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
     environment = os.environ | {"JAHUBERT_TEST_CUDA": visible.split(",")[index] if visible else str(index)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        _ = run.peers
+        started = time.perf_counter()
+        with suppress(Exception):  # the section `compiled` reports the error
+            for n_groups in (1, 2):  # on disk, torch.compile keeps kernels for sections with these shapes
+                compiled_trainer(run, n_groups)
+            report.add("first steps with compilation", time.perf_counter() - started, "s")
+        try:
+            output, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", output)}
     if counts:
         report.add("device tests passed", counts.get("passed", 0), "tests")
         report.add("device tests failed", counts.get("failed", 0) + counts.get("error", 0), "tests")
-    if done.returncode:
-        print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
-        raise RuntimeError(f"the device tests ended with exit status {done.returncode}")
-
-
-@cache
-def cached_peak(device: torch.device, dtype: torch.dtype) -> float:
-    return matrix_peak(device, dtype)
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()  # optimizers and models may be in reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def peak_megabytes(trainer: pretrain_step.Trainer, batch: pretrain_step.Batch) -> float:
-    """Measure the peak memory of a step's activations in MB, once gradients and moments exist (CPU: 0)."""
-    if trainer.device.type == "cpu":
-        return 0.0
-    trainer.step(batch, keep_gradients=True)
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    trainer.step(batch, keep_gradients=True)
-    trainer.optimizer.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated() - base) / 2**20
-
-
-def compare_steps(
-    report: Report, run: Settings, name: str, config: HubertConfig, lengths: list[float]
-) -> pretrain_step.Trainer:
-    """Time training steps of all models in alternation, and return jahubert's trainer."""
-    batch, peak = make_batch(lengths, run.device), cached_peak(run.device, run.dtype)
-    trainers, failures = {}, {}
-    for kind in ("jahubert", *PEERS):
-        if kind != "jahubert" and kind not in run.peers:
-            failures[kind] = "not compared" if run.small else "cannot be imported"
-            continue
-        try:
-            trainers[kind] = pretrain_step.Trainer(kind, config, run.device, run.dtype)
-            trainers[kind].step(batch)
-        except Exception as error:  # a peer may be incompatible or need too much memory
-            if kind == "jahubert":
-                raise
-            failures[kind] = f"{type(error).__name__}: {str(error)[:80]}"
-            trainers.pop(kind, None)
-        if kind in failures:  # after the `except` block, no traceback refers to the activations any more
-            free_memory(run.device)
-    memory = {kind: peak_megabytes(trainer, batch) for kind, trainer in trainers.items()}
-    turns = [{kind: trainer.step(batch) for kind, trainer in trainers.items()} for _ in range(run.repeats)]
-    seconds = {kind: statistics.median(turn[kind] for turn in turns) for kind in trainers}
-    share = pretrain_step.flops(config, batch.n_samples) / seconds["jahubert"] / peak
-    rate = batch.seconds / seconds["jahubert"]
-    details = {"seconds": batch.seconds, "megabytes": memory["jahubert"]}
-    report.add(f"{name}: jahubert", rate, "audio-s/s", **details)
-    report.add(f"{name}: of peak", 100 * share, "%", peak_tflops=peak / 1e12)
-    for kind in PEERS:
-        if kind in failures:
-            report.add(f"{name}: {kind}", None, "audio-s/s", reason=failures[kind])
-            continue
-        ratio = statistics.median(turn[kind] / turn["jahubert"] for turn in turns)
-        report.add(f"{name}: {kind}", batch.seconds / seconds[kind], "audio-s/s", megabytes=memory[kind])
-        report.add(f"{name}: speedup over {kind}", ratio, "times")
-        less = memory[kind] / max(1.0, memory["jahubert"])
-        report.add(f"{name}: memory of {kind}", less, "times ours")
-    return trainers["jahubert"]
-
-
-def step(report: Report, run: Settings) -> None:
-    """Time training steps of HuBERT base on three batches, and profile the kernels for the largest batch."""
-    base = run.model("base")
-    similar = [0.9, 1.0] if run.small else [4.4] * 20
-    compare_steps(report, run, "base, similar", base, similar)
-    compare_steps(report, run, "base, mixed", base, run.lengths(3))
-    lengths = run.lengths(10) if run.small else [*run.lengths(10), 15.0, 5.0]  # 350 s, one micro-batch
-    trainer = compare_steps(report, run, MICRO_BATCH, base, lengths)
-    kernels(report, run, trainer, make_batch(lengths, run.device))
-
-
-def large(report: Report, run: Settings) -> None:
-    compare_steps(report, run, "large, mixed", run.model("large"), run.lengths(5))
-
-
-def kernels(
-    report: Report, run: Settings, trainer: pretrain_step.Trainer, batch: pretrain_step.Batch
-) -> None:
-    """Profile jahubert's training step by group of GPU kernels, or of operators on a CPU."""
-
-    def same_step() -> float:
-        torch.manual_seed(1)  # layer drop selects the same blocks
-        return trainer.step(batch)
-
-    milliseconds = 1e3 * statistics.median(same_step() for _ in range(3))
-    times = profile_steps(same_step, run.device.type == "cuda")
-    groups = by_group(times)
-    total = sum(groups.values())
-    if not total:  # for example, if users may not read the GPU's performance counters
-        return report.add("kernels: products", None, "ms", reason="the profiler recorded no kernels")
-    for group, ms in groups.items():
-        report.add(f"kernels: {group}", ms, "ms", share=f"{ms / total:.0%}")
-    report.add("kernels: none running", max(0.0, milliseconds - total), "ms", step_ms=milliseconds)
-    longest = sorted(times.items(), key=lambda item: -item[1])[:25]
-    report.rows[-1]["kernels"] = {name[:120]: round(ms, 3) for name, ms in longest}
+    if process.returncode:
+        print(output[-4000:], flush=True)
+        raise RuntimeError(f"the device tests ended with exit status {process.returncode}")
 
 
 def features(report: Report, run: Settings) -> None:
@@ -272,26 +190,46 @@ def beam(report: Report, run: Settings) -> None:
         )
 
 
-# The sections in order of importance, each with the number of seconds that it is expected to take on a GPU.
-SECTIONS: dict[str, tuple[Callable[[Report, Settings], None], int]] = {
-    "step": (step, 60),
-    "engine": (engine, 35),
-    "labels": (labels, 35),
-    "large": (large, 35),
-    "tests": (device_tests, 30),
-    "features": (features, 25),
-    "kmeans": (kmeans, 10),
-    "beam": (beam, 10),
-    "compiled": (partial(engine, compiled=True), 75),
+class Section(NamedTuple):
+    measure: Callable[[Report, Settings], None]
+    seconds: float  # expected time on a GPU
+    shortened: float  # expected time with fewer repetitions
+
+
+# In order of importance. The tests are first because blocks are compiled for other sections meanwhile.
+SECTIONS = {
+    "tests": Section(device_tests, 70, 70),
+    "step": Section(step, 35, 25),
+    "compiled": Section(compiled, 28, 22),
+    "engine": Section(engine, 25, 18),
+    "compiled-engine": Section(partial(engine, compiled=True), 26, 19),
+    "large": Section(large, 30, 20),
+    "labels": Section(labels, 24, 16),
+    "features": Section(features, 16, 11),
+    "kmeans": Section(kmeans, 10, 10),
+    "beam": Section(beam, 5, 5),
 }
 
 
-def environment(run: Settings) -> dict[str, Any]:
-    device = run.device
+def schedule(names: list[str], elapsed: float, budget: float) -> str:
+    """Return whether the first of some sections should run "in full" or "shortened", or be "skipped".
+
+    Args:
+        elapsed, budget: time since the start and time for all sections, in seconds.
+    """
+    first, *following = (SECTIONS[name] for name in names)
+    if elapsed + first.shortened > budget:
+        return "skipped"
+    in_full = elapsed + first.seconds + sum(section.shortened for section in following) <= budget
+    return "in full" if in_full or first.seconds == first.shortened else "shortened"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = {"torch": torch.__version__}
-    for peer in run.peers:
-        versions[peer] = sys.modules[peer].__version__
+    for peer in PEERS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[peer] = importlib.metadata.version(peer)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -304,17 +242,16 @@ def environment(run: Settings) -> dict[str, Any]:
     }
 
 
-def run_section(name: str, report: Report, device: torch.device, small: bool) -> str:
+def run_section(name: str, report: Report, run: Settings) -> str:
     """Run a section, and return its outcome. An error does not prevent the following sections."""
     try:
-        free_memory(device)
-        with tempfile.TemporaryDirectory() as folder:
-            SECTIONS[name][0](report, Settings(device, small, Path(folder)))
+        free_memory(run.device)
+        SECTIONS[name].measure(report, run)
     except Skipped as reason:
         return f"skipped: {reason}"
     except (Exception, SystemExit) as error:
         return f"failed: {type(error).__name__}: {str(error)[:500]}"
-    return "done"
+    return "done with fewer repetitions" if run.shortened else "done"
 
 
 def print_table(report: Report, outcomes: dict[str, dict[str, Any]]) -> None:
@@ -324,6 +261,7 @@ def print_table(report: Report, outcomes: dict[str, dict[str, Any]]) -> None:
     for name, section in outcomes.items():
         if section["outcome"] != "done":
             print(f"{name}: {section['outcome']}")
+    print(f"\n{OF_PEAK}")
     if report.has_goals:
         print("\n" + "\n".join(report.goals()))
 
@@ -336,29 +274,36 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="use tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="start only sections that are expected to end in this time"
+        "--minutes", type=float, help="time for all sections; default: 4, unlimited if --small"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_bench.json"))
     args = parser.parse_args()
+    minutes = args.minutes if args.minutes is not None else math.inf if args.small else 4.0
     device = torch.device("cpu" if args.small else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     torch.backends.cudnn.allow_tf32 = False  # full float32 precision for all models
     started, report, outcomes = time.monotonic(), Report(has_goals=not args.small), {}
-    about = environment(Settings(device, args.small, Path()))
+    about = environment(device)
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    for name in args.only:
-        section_started = time.monotonic()
-        expected_end = section_started - started + SECTIONS[name][1]
-        if expected_end > 60 * args.minutes and not args.small:
-            outcome = f"skipped: expected to end after {expected_end / 60:.1f} minutes"
-        else:
-            outcome = run_section(name, report, device, args.small)
-        outcomes[name] = {"outcome": outcome, "seconds": round(time.monotonic() - section_started, 1)}
-        print(f"-- {name}: {outcome} ({outcomes[name]['seconds']} s)", flush=True)
-        # The file is complete up to this section even if the process is killed later.
-        result = {"environment": about, "sections": outcomes, "rows": report.rows}
-        args.out.write_text(json.dumps(result, indent=1))
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, name in enumerate(args.only):
+            section_started = time.monotonic()
+            elapsed = section_started - started
+            extent = schedule(args.only[number:], elapsed, 60 * minutes)
+            if extent == "skipped":
+                outcome = f"skipped: {minutes:g} minutes are too short, {elapsed:.0f} s have passed"
+            else:
+                folder, audio = Path(temporary, name), Path(temporary, "audio")
+                folder.mkdir()
+                audio.mkdir(exist_ok=True)
+                run = Settings(device, args.small, folder, audio, extent == "shortened")
+                outcome = run_section(name, report, run)
+            outcomes[name] = {"outcome": outcome, "seconds": round(time.monotonic() - section_started, 1)}
+            print(f"-- {name}: {outcome} ({outcomes[name]['seconds']} s)", flush=True)
+            # The file is complete up to this section even if the process is killed later.
+            result = {"environment": about, "of_peak": OF_PEAK, "sections": outcomes, "rows": report.rows}
+            args.out.write_text(json.dumps(result, indent=1))
     print_table(report, outcomes)
     print(f"\n{args.out}: {len(report.rows)} rows, {time.monotonic() - started:.0f} s in total")
     if any(section["outcome"].startswith("failed") for section in outcomes.values()):

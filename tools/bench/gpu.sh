@@ -4,4 +4,7 @@
 #   tools/bench/gpu.sh --small          # a quick check of the script on a CPU
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$root/tools/bench/gpu.py" "$@"
+# The same options of torch's allocator as in jahubert.run, for all models.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$root/tools/bench/gpu.py" "$@"

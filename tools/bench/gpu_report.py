@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from peers import importable
 
+from jahubert.frames import HUBERT, SAMPLE_RATE
 from jahubert.model.hubert import HubertConfig
+from jahubert.model.kernels import PackedShape
 
 PEERS = ("transformers", "torchaudio")
 MIXED = (2.0, 3.0, 5.0, 8.0, 15.0)
-MICRO_BATCH = "base, micro-batch"  # name of the rows for 350 s
+# Names of the rows for micro-batches of 350 s, of two groups of 350 s, and of 450 s with the large model.
+MICRO_BATCH, TWO_GROUPS, LARGE = "base, micro-batch", "base, two groups", "large, micro-batch"
 
 # The project's goals on an H100 or H200: lower (">=") or upper ("<=") limits of rows of the table.
 GOALS = {
@@ -26,8 +29,11 @@ GOALS = {
     "engine: share of the step's rate": (">=", 90.0),
     "engine: waiting for data": ("<=", 1.0),
     "engine: filler among the frames": ("<=", 4.0),
-    "compiled engine: graphs compiled later": ("<=", 0.0),
-    "large, mixed: of peak": (">=", 40.0),
+    "engine: recompilations": ("<=", 0.0),
+    f"{MICRO_BATCH}, compiled: recompilations": ("<=", 0.0),
+    f"{TWO_GROUPS}, compiled: recompilations": ("<=", 0.0),
+    "compiled engine: recompilations": ("<=", 0.0),
+    f"{LARGE}: of peak": (">=", 40.0),
     "stage label, HuBERT layer, fp32": (">=", 3000.0),
     "device tests failed": ("<=", 0.0),
 }
@@ -69,6 +75,15 @@ class Report:
         return lines
 
 
+# How the rows "of peak" are computed.
+OF_PEAK = (
+    '"of peak": FLOP/s of the step divided by those of a matrix product of size 8,192 in the same run. The\n'
+    "FLOPs of a step are those of the matrix products and convolutions of the encoder for the valid frames:\n"
+    "the forward pass, and twice as many for the backward pass. Layer drop counts with its expected value,\n"
+    "the positional convolution as a direct convolution. Recomputation, loss and AdamW are not counted."
+)
+
+
 def is_reached(name: str, value: float) -> bool:
     sign, goal = GOALS[name]
     return value >= goal if sign == ">=" else value <= goal
@@ -93,7 +108,9 @@ class Settings:
 
     device: torch.device
     small: bool
-    folder: Path  # folder for temporary files
+    folder: Path  # folder for temporary files of a section
+    audio: Path  # folder for generated audio, which several sections use
+    shortened: bool = False  # whether to run with fewer repetitions
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,13 +123,42 @@ class Settings:
 
     @property
     def repeats(self) -> int:
-        return 2 if self.small else 8
+        """Number of timed repetitions, an even number."""
+        return 2 if self.small else 4 if self.shortened else 8
 
     def model(self, size: str) -> HubertConfig:
         config = HubertConfig.large() if size == "large" else HubertConfig.base()
+        if not self.small:
+            return config
         tiny = {"conv_dims": (16,) * 7, "width": 64, "layers": 2, "heads": 2, "ffn": 64, "pos_conv_groups": 4}
-        return replace(config, **tiny) if self.small else config
+        # The dropout of a CPU cannot be compiled.
+        return replace(config, **tiny, dropout=0.0, attention_dropout=0.0)
 
     def lengths(self, copies: int) -> list[float]:
         """Return mixed utterance lengths in seconds, 33 s per copy (2.3 s in total if small)."""
         return [0.5, 0.8, 1.0] if self.small else [*MIXED] * copies
+
+    @property
+    def micro_lengths(self) -> list[float]:
+        """Mixed utterance lengths of a group of base in seconds, 350 s in total (2.3 s if small)."""
+        return self.lengths(10) if self.small else [*self.lengths(10), 15.0, 5.0]
+
+    @property
+    def large_lengths(self) -> list[float]:
+        """Mixed utterance lengths of a micro-batch of large: 449 s of at most 450 s (2.3 s if small)."""
+        return self.lengths(13) if self.small else [*self.lengths(13), 15.0, 5.0]
+
+    @property
+    def group_seconds(self) -> float:
+        """Maximum length of a group of base in seconds."""
+        return 4.0 if self.small else 350.0
+
+    @property
+    def utterance_seconds(self) -> tuple[float, float]:
+        """Lengths of the shortest and the longest utterance in the generated corpus."""
+        return (0.5, 2.0) if self.small else (2.0, 15.6)
+
+    def shape(self, n_groups: int) -> PackedShape:
+        """Return the shape to which the engine pads micro-batches of the generated corpus for compilation."""
+        samples = (round(SAMPLE_RATE * x) for x in (*self.utterance_seconds, self.group_seconds))
+        return PackedShape.largest(HUBERT, *samples, n_groups)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 from gpu_report import MICRO_BATCH, Report, Settings, Skipped
+from gpu_steps import compilation
 from peers import importable
 
 from jahubert.frames import HUBERT, SAMPLE_RATE
@@ -19,12 +21,11 @@ from jahubert.model.hubert import HubertModel
 from jahubert.model.kernels import Packing
 
 
-def write_flac(path: Path, seconds: float, seed: int) -> int:
-    n_samples = int(seconds * SAMPLE_RATE)
-    noise_T = np.random.default_rng(seed).standard_normal(n_samples)
-    envelope_T = np.repeat(np.random.default_rng(seed).uniform(0.005, 0.1, n_samples // 800 + 1), 800)
+def write_flac(path: Path, seconds: float, seed: int) -> None:
+    n_samples, rng = int(seconds * SAMPLE_RATE), np.random.default_rng(seed)
+    noise_T = rng.standard_normal(n_samples)
+    envelope_T = np.repeat(rng.uniform(0.005, 0.1, n_samples // 800 + 1), 800)
     soundfile.write(path, noise_T * envelope_T[:n_samples], SAMPLE_RATE)
-    return n_samples
 
 
 def make_corpus(run: Settings, rows: int) -> Path:
@@ -33,17 +34,14 @@ def make_corpus(run: Settings, rows: int) -> Path:
     from jahubert.train.data.manifest import Utterance, write_manifest
 
     manifest = run.folder / f"manifest-{rows}.arrow"
-    rng = np.random.default_rng(0)
     n_files = 8 if run.small else 800
-    longest = 2.0 if run.small else 15.6
-    seconds = np.clip(rng.lognormal(1.6, 0.55, n_files), 0.8 if run.small else 2.0, longest).tolist()
-    paths = [run.folder / f"{number}.flac" for number in range(n_files)]
-    if not paths[-1].exists():
-        if run.small:
-            [write_flac(*job) for job in zip(paths, seconds, range(n_files), strict=True)]
-        else:
-            with ProcessPoolExecutor(min(14, os.cpu_count() or 1)) as pool:
-                list(pool.map(write_flac, paths, seconds, range(n_files), chunksize=20))
+    shortest, longest = run.utterance_seconds
+    seconds = np.clip(np.random.default_rng(0).lognormal(1.6, 0.55, n_files), shortest, longest)
+    seconds[:2] = run.utterance_seconds
+    paths = [run.audio / f"{number}.flac" for number in range(n_files)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    with ThreadPoolExecutor(max(1, workers(run))) as pool:
+        list(pool.map(lambda number: write_flac(paths[number], seconds[number], number), missing))
     lengths = [int(value * SAMPLE_RATE) for value in seconds]
     items = (
         Utterance(id=str(row), audio=AudioSource(str(paths[row % n_files])), n_samples=lengths[row % n_files])
@@ -64,7 +62,7 @@ def check_train_extra() -> None:
 
 
 def engine(report: Report, run: Settings, compiled: bool = False) -> None:
-    """Time 20 updates of 2,800 s (5 if compiled) in the training engine, after 5 warm-up updates."""
+    """Time 20 updates of 2,800 s (10 if shortened) in the training engine, after 5 warm-up updates."""
     check_train_extra()
     from jahubert.train.data.batches import CropConfig, MaskConfig, PretrainData
     from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
@@ -72,7 +70,7 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
     from jahubert.train.stages.pretrain import Pretrainer
     from jahubert.train.trainer.micro_batch import with_micro_seconds
     from jahubert.train.trainer.optim import TrainConfig
-    from jahubert.train.trainer.parallel import compiled_graphs
+    from jahubert.train.trainer.parallel import compiled_graphs, failed_compilations
     from jahubert.train.trainer.trainer import train
 
     manifest = Manifest(make_corpus(run, 8 if run.small else 8_000))
@@ -83,24 +81,24 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
     writer.write(0, [rng.integers(500, size=n) for n in n_frames])
     writer.finish()
     model = run.model("base")
-    every = 1 if run.small else 5
+    every, (_, longest) = 1 if run.small else 5, run.utterance_seconds
     config = TrainConfig(
-        max_steps=(2 if compiled else 5) * every,
+        max_steps=(3 if run.shortened else 5) * every,
         compile=compiled,
-        batch_seconds=4.0 if run.small else 2800.0,
-        precision="fp32" if run.small else "auto",
+        batch_seconds=run.group_seconds if run.small else 2800.0,
+        precision="bf16" if compiled else "fp32" if run.small else "auto",
         device=str(run.device),
         workers=workers(run),
         log_every=every,
         valid_every=0,
         save_every=10**6,
     )
-    config = with_micro_seconds(config, model, 2.0 if run.small else 15.6)
+    config = with_micro_seconds(config, model, longest)
     data = PretrainData(
         manifest,
         LabelStore(run.folder / "units"),
         split="train",
-        crop=CropConfig(min_seconds=0.5, max_seconds=2.0 if run.small else 15.6, keep_in_memory_hours=0.0),
+        crop=CropConfig(min_seconds=0.5, max_seconds=longest, keep_in_memory_hours=0.0),
         mask=MaskConfig(),
         sizes=config.batch_sizes,
         seed=0,
@@ -108,10 +106,10 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
     out = run.folder / "pretrain"
     out.mkdir()
     module = Pretrainer(model, 500, unit_dim=256, temperature=0.1, penalty=10.0, seed=0)
-    graphs_before = compiled_graphs()
-    stance = "force_eager" if run.small else "default"  # compilation for a CPU takes minutes
-    with torch.compiler.set_stance(stance):
+    graphs_before, failures_before = compiled_graphs(), failed_compilations()
+    with compilation(run) if compiled else nullcontext():
         train(module, data, config, out)
+    graphs = compiled_graphs() - graphs_before
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     seconds = sum(row["timing"]["seconds"] for row in rows)
     audio = sum(row["timing"]["audio_hours_per_hour"] * row["timing"]["seconds"] for row in rows)
@@ -123,7 +121,7 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
         "audio-h/h",
         micro_seconds=config.micro_seconds or 0.0,
     )
-    if step_rate := report.value(f"{MICRO_BATCH}: jahubert"):
+    if step_rate := report.value(f"{MICRO_BATCH}{', compiled' if compiled else ''}: jahubert"):
         report.add(f"{name}: share of the step's rate", 100 * rate / step_rate, "%")
     report.add(f"{name}: waiting for data", 100 * waiting, "%", workers=str(config.workers))
     frames, packed = 0, 0
@@ -133,11 +131,9 @@ def engine(report: Report, run: Settings, compiled: bool = False) -> None:
         packed += Packing(n_frames, max(n_frames), torch.device("cpu"), data.sampler.shape).n_rows
     report.add(f"{name}: filler among the frames", 100 * (1 - frames / packed), "%")
     report.add(f"{name}: padding of the waveforms", 100 * rows[-1]["padding"], "%")
-    if compiled:
-        recompiled = sum(row["timing"]["compiled_graphs"] for row in rows)
-        graphs = compiled_graphs() - graphs_before - recompiled
-        report.add(f"{name}: graphs compiled in warm-up", graphs, "graphs")
-        report.add(f"{name}: graphs compiled later", recompiled, "graphs")
+    later = sum(row["timing"]["compiled_graphs"] for row in rows) if compiled else graphs
+    report.add(f"{name}: recompilations", later, "graphs", warm_up=str(graphs - later))
+    report.add(f"{name}: not compiled", failed_compilations() - failures_before, "functions")
 
 
 def labels(report: Report, run: Settings) -> None:
@@ -158,7 +154,9 @@ def labels(report: Report, run: Settings) -> None:
     (run.folder / "kmeans").mkdir()
     header = feature_header(HubertLayer(model, layer), "hubert", layer)
     save_centroids(run.folder / "kmeans/centroids.safetensors", torch.randn(500, model.config.width), header)
-    short, long = (label_run(run, rows) for rows in ((4, 8) if run.small else (500, 7_500)))
+    short, long = (
+        label_run(run, rows) for rows in ((4, 8) if run.small else (500, 4_000 if run.shortened else 7_500))
+    )
     audio, seconds = (long[i] - short[i] for i in range(2))
     rate = audio / max(seconds, 1e-3)
     report.add(

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-# The first pattern that occurs in the name of a kernel determines its group. All other kernels are "between
-# products".
+# Kernels of torch.compile, whose names list the operators they consist of: elementwise operations and
+# reductions, but not matrix products (`triton_tem`, for template).
+FUSED = re.compile(r"^triton_(?!tem_)")
+# The first pattern that occurs in the name of another kernel determines its group.
 GROUPS = {
-    "attention": re.compile(r"flash|fmha|attention|softmax", re.IGNORECASE),
-    "products": re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|conv|addmm|\bmm\b|bmm|matmul", re.I),
+    "attention": re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE),
+    "products": re.compile(
+        r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|conv|addmm|\bmm\b|bmm|matmul|triton_tem_", re.IGNORECASE
+    ),
 }
+BETWEEN = "between products"  # all other kernels, which are bound by memory
 STEPS = 3  # number of profiled steps
 
 
@@ -48,8 +53,14 @@ def kernel_times(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
 
 def by_group(times: dict[str, float]) -> dict[str, float]:
     """Return the total time of each group of kernels."""
-    groups = dict.fromkeys(("products", "attention", "between products"), 0.0)
+    groups = dict.fromkeys(("products", "attention", BETWEEN), 0.0)
     for name, milliseconds in times.items():
-        group = next((group for group, pattern in GROUPS.items() if pattern.search(name)), "between products")
-        groups[group] += milliseconds
+        groups[group_of(name)] += milliseconds
     return groups
+
+
+def group_of(name: str) -> str:
+    """Return the group of a kernel of a GPU, or of an operator on a CPU."""
+    if FUSED.search(name):
+        return BETWEEN
+    return next((group for group, pattern in GROUPS.items() if pattern.search(name)), BETWEEN)

@@ -1,8 +1,10 @@
 """Availability of the packages that the benchmarks use for comparison."""
 
 import importlib
+from functools import cache
 
 
+@cache
 def importable(name: str) -> bool:
     """Return whether a package can be imported. A package built for another torch raises various errors."""
     try:

@@ -10,8 +10,8 @@ transformers' HubertModel gets jahubert's unit head on the masked frames, while 
 hubert_pretrain_base keeps its own masks and head. The steps of the models are interleaved, and the script
 prints medians of the times and of the ratios per round. Memory (in addition to weights, gradients and
 optimizer state) is measured in a separate process per model. `of peak` is the FLOP/s required for the valid
-frames, divided by the FLOP/s of a large matrix product in the same run. Before the measurement, the loss and
-the gradient norm are compared with those of transformers for the same weights without dropout.
+frames (see `flops`), divided by the FLOP/s of a large matrix product in the same run. Before the measurement,
+the loss and the gradient norm are compared with those of transformers for the same weights without dropout.
 """
 
 import argparse
@@ -29,9 +29,12 @@ from peers import importable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jahubert.frames import SAMPLE_RATE
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels import PackedShape
 from jahubert.train.data.masking import seeded_rng, span_mask
+from jahubert.train.plan.flops import forward_flops
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer
 
@@ -46,10 +49,11 @@ class Batch:
     unit_BS: Tensor
     masked_index_N: Tensor  # flat indices of the masked frames
     valid_BS: Tensor | None  # mask of the valid frames; None: all frames are valid
+    shape: PackedShape | None = None  # shape to which jahubert pads the batch
 
     @property
     def seconds(self) -> float:
-        return sum(self.n_samples) / 16_000
+        return sum(self.n_samples) / SAMPLE_RATE
 
 
 def masked_frames(batch: Batch, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +70,7 @@ class Jahubert(nn.Module):
         self.hubert, self.head = HubertModel(config), UnitHead(config.width, UNITS)
 
     def forward(self, batch: Batch) -> Tensor:
-        encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS)
+        encoded = self.hubert(batch.wav_BT, batch.n_samples, mask_BS=batch.mask_BS, shape=batch.shape)
         hidden_ND, unit_N = masked_frames(batch, encoded.hidden_BSD)
         loss = unit_loss(self.head(hidden_ND), unit_N) / len(unit_N)
         n_frames_B = encoded.n_frames_B
@@ -132,7 +136,7 @@ KINDS = {"jahubert": Jahubert, "transformers": Transformers, "torchaudio": Torch
 
 
 def make_batch(lengths: list[float], device: torch.device) -> Batch:
-    n_samples = [round(16_000 * seconds) for seconds in sorted(lengths, reverse=True)]
+    n_samples = [round(SAMPLE_RATE * seconds) for seconds in sorted(lengths, reverse=True)]
     rng, grid = seeded_rng(0), HubertConfig().grid
     wavs = [torch.from_numpy(0.1 * rng.standard_normal(n)).float() for n in n_samples]
     masks = [torch.from_numpy(span_mask(grid.n_frames(n), 0.8, 10, rng, 2)) for n in n_samples]
@@ -150,20 +154,16 @@ def make_batch(lengths: list[float], device: torch.device) -> Batch:
 
 
 def flops(config: HubertConfig, n_samples: list[int]) -> float:
-    """Compute the FLOPs of a step on valid frames, counting the backward pass as two forward passes."""
+    """Compute the FLOPs that a step requires for the valid frames.
+
+    These are the matrix products and convolutions of the encoder: the forward pass, and twice as many in the
+    backward pass. Layer drop counts with its expected value, and the positional convolution as a direct
+    convolution. Recomputation, the loss and the optimizer are not counted.
+    """
     total = 0.0
-    for frames in n_samples:
-        dim_in = 1
-        for dim, kernel, stride in zip(
-            config.conv_dims, config.conv_kernels, config.conv_strides, strict=True
-        ):
-            frames = (frames - kernel) // stride + 1
-            total += 2 * frames * dim_in * kernel * dim
-            dim_in = dim
-        width = config.width
-        total += 2 * frames * width * (dim_in + width // config.pos_conv_groups * config.pos_conv_kernel)
-        block = 2 * frames * (4 * width**2 + 2 * width * config.ffn) + 4 * frames**2 * width
-        total += block * config.layers * (1 - config.layer_drop)
+    for n in n_samples:
+        front_end, blocks = forward_flops(config, n / SAMPLE_RATE)
+        total += n / SAMPLE_RATE * (front_end + (1 - config.layer_drop) * blocks)
     return 3 * total
 
 
@@ -191,8 +191,9 @@ class Trainer:
 
     def __init__(self, kind: str, config: HubertConfig, device: torch.device, dtype: torch.dtype):
         torch.manual_seed(0)
-        self.device, self.dtype = device, dtype
-        self.module = KINDS[kind](config).to(device).train()
+        self.config, self.device, self.dtype = config, device, dtype
+        with device:  # random initialization of a large model takes seconds on a CPU
+            self.module = KINDS[kind](config).to(device).train()
         self.optimizer = build_optimizer(self.module, TrainConfig(lr=1e-5))
 
     def step(self, batch: Batch, keep_gradients: bool = False) -> float:

@@ -18,7 +18,7 @@ def forward_flops(config: HubertConfig, seconds: float, layer: int | None = None
     Returns:
         The FLOPs of the front end (convolutions, projection, positional convolution) and of the layers.
     """
-    length, channels, front_end = int(seconds * SAMPLE_RATE), 1, 0.0
+    length, channels, front_end = round(seconds * SAMPLE_RATE), 1, 0.0
     for width, kernel, stride in zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True):
         length = (length - kernel) // stride + 1
         front_end += 2.0 * length * width * channels * kernel
