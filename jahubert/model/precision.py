@@ -20,6 +20,7 @@ from jahubert.errors import ConfigError
 
 T = TypeVar("T", bound=nn.Module)
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by name in settings
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ from jahubert.errors import ConfigError
 from jahubert.frames import MFCC, SAMPLE_RATE, FrameGrid
 from jahubert.model.hubert import HubertModel
 from jahubert.model.kernels.indexing import to_device_async
+from jahubert.model.precision import DTYPES, autocast
 
 _FFT = 512
 _MEL_BINS, _LOW_HZ, _HIGH_HZ = 23, 20.0, SAMPLE_RATE / 2
@@ -146,6 +147,7 @@ class HubertLayer:
 
     Args:
         layer: number of the layer, counted from 1.
+        precision: fp32 or, with autocast, bf16. The features are always returned in float32.
 
     Raises:
         ConfigError: `layer` is out of range.
@@ -153,12 +155,14 @@ class HubertLayer:
 
     name = "hubert"
 
-    def __init__(self, model: HubertModel, layer: int, device: str | torch.device = "cpu"):
+    def __init__(
+        self, model: HubertModel, layer: int, device: str | torch.device = "cpu", precision: str = "fp32"
+    ):
         if not 1 <= layer <= model.config.layers:
             raise ConfigError(f"layer is {layer}, but the model has layers 1 to {model.config.layers}")
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        self.layer = layer
+        self.layer, self.precision = layer, precision
         self.dim: int = model.config.width
         self.grid: FrameGrid = model.config.grid
 
@@ -172,7 +176,7 @@ class HubertLayer:
         # The waveforms are padded on the device, so that no padding is transferred to it.
         wav_T = to_device_async(torch.cat([wavs[i] for i in long_enough]), self.device)
         wav_BT = torch.nn.utils.rnn.pad_sequence(list(wav_T.split(n_samples)), batch_first=True)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(DTYPES[self.precision], self.device):
             encoded = self.model(wav_BT, n_samples, last_layer=self.layer)
         for row, i in enumerate(long_enough):
             features[i] = encoded.hidden_BSD[row, : self.grid.n_frames(n_samples[row])].float()

@@ -28,14 +28,18 @@ from jahubert.train.experiment.registry import FEATURES, resolve, source_file
 
 _IN_FLIGHT = 64  # maximum number of utterances (several batches) whose frames are being copied to the CPU
 _HEADER_TYPES = {"feature": str, "dim": int, "layer": int, "model": str, "normalize": bool}
-_CODE = "code"  # key of the CRC-32 of the Python file that defines a custom feature
+# Optional keys: CRC-32 of the Python file that defines a custom feature, and the precision if it is not fp32
+_CODE, _PRECISION = "code", "precision"
 
 
-def make_feature(kind: str, model: Path | None, layer: int | None, device: torch.device) -> Feature:
+def make_feature(
+    kind: str, model: Path | None, layer: int | None, device: torch.device, precision: str = "fp32"
+) -> Feature:
     """Create the feature extractor `kind`.
 
     Args:
         model, layer: HuBERT model (folder, file or Hub name) and number of the layer; only for `hubert`.
+        precision: number format of the model's computation, fp32 or bf16; only for `hubert`.
 
     Raises:
         ConfigError: the feature is unknown, `model` or `layer` is missing, or `layer` is out of range.
@@ -49,12 +53,13 @@ def make_feature(kind: str, model: Path | None, layer: int | None, device: torch
     hubert = load_bundle(model).model
     if not 1 <= layer <= hubert.config.layers:
         raise ConfigError(f"features.layer is {layer}, but {model} has layers 1 to {hubert.config.layers}")
-    return cls(hubert, layer, device=str(device))
+    return cls(hubert, layer, device=str(device), precision=precision)
 
 
 def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, Any]:
     """Return a description of a feature, which is stored with the centroids derived from it."""
     model = feature.model if isinstance(feature, HubertLayer) else None
+    precision = feature.precision if isinstance(feature, HubertLayer) else "fp32"
     file = source_file(kind)
     return {
         "feature": kind,
@@ -63,6 +68,7 @@ def feature_header(feature: Feature, kind: str, layer: int | None) -> dict[str, 
         "model": None if model is None else weights_hash(model),
         "normalize": False if model is None else model.config.normalize,
         **({} if file is None else {_CODE: file_crc32(file)}),
+        **({} if precision == "fp32" else {_PRECISION: precision}),
     }
 
 
@@ -88,8 +94,10 @@ def load_centroids(path: Path) -> tuple[Tensor, dict[str, Any]]:
                 "centroids_KD must be a nonempty float32 matrix, but has shape "
                 f"{tuple(centroids_KD.shape)} and dtype {centroids_KD.dtype}"
             )
-        if not isinstance(header, dict) or header.keys() - {_CODE} != _HEADER_TYPES.keys():
+        if not isinstance(header, dict) or header.keys() - {_CODE, _PRECISION} != _HEADER_TYPES.keys():
             raise ValueError("the feature description is missing or incomplete")
+        if header.get(_PRECISION, "bf16") != "bf16":
+            raise ValueError(f"precision is {quote(header[_PRECISION])}, expected 'bf16' or no such key")
         for name, kind in _HEADER_TYPES.items():
             if header[name] is not None or name == "feature":
                 typed(path, name, header[name], kind)

@@ -41,6 +41,7 @@ class LabelHeader:
     hop: int = HUBERT.hop  # samples
     window: int = HUBERT.window  # samples
     format: int = 1
+    precision: str = "fp32"  # number format in which the HuBERT model computed the features
 
     def __post_init__(self) -> None:
         if self.n_units > MAX_UNITS:

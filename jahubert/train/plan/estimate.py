@@ -327,19 +327,22 @@ def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
     return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
 
 
-def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, workers: int) -> float:
+def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, features: Any) -> float:
     """Estimate the hours for one pass over audio, which is limited by decoding or by computation.
 
     Args:
         seconds: duration of the audio.
         flops_per_second: FLOPs per second of audio, or 0 for MFCCs.
-        workers: number of reading processes per device, or 0 for threads.
+        features: config of the `features` stage.
     """
     if flops_per_second:
-        compute_speed = machine.flops_fp32 / flops_per_second
+        flops = machine.flops_fp32
+        if features.precision == "bf16":
+            flops = machine.features_16bit or machine.flops_16bit
+        compute_speed = flops / flops_per_second
     else:
         compute_speed = 1 / (1 / machine.mfcc_speed + 1 / machine.decode_speed)
-    speed = min(compute_speed, (workers or prefetch.MAX_THREADS) * machine.decode_speed)
+    speed = min(compute_speed, (features.workers or prefetch.MAX_THREADS) * machine.decode_speed)
     return seconds / speed / machine.n_devices / 3600
 
 
@@ -353,7 +356,7 @@ def _feature_cost(features: Any, model: HubertConfig) -> tuple[float, int]:
 def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machine: Machine) -> StageEstimate:
     flops_per_second, dim = _feature_cost(config, model)
     sampled = 1 - math.exp(-config.sample_frames / corpus.utterances)  # fraction of utterances to read
-    hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine, config.workers)
+    hours = _pass_hours(3600 * corpus.hours * sampled, flops_per_second, machine, config)
     return StageEstimate(name, hours, 4.0 * dim * config.sample_frames, None)
 
 
@@ -372,7 +375,7 @@ def _label(
     flops_per_second, _ = _feature_cost(features, model)
     frames = 3600 * corpus.hours * HUBERT.rate
     disk = frames * (1 if kmeans.n_clusters <= 256 else 2) + 8 * corpus.utterances
-    hours = _pass_hours(3600 * corpus.hours, flops_per_second, machine, features.workers)
+    hours = _pass_hours(3600 * corpus.hours, flops_per_second, machine, features)
     return StageEstimate(name, hours, disk, None)
 
 

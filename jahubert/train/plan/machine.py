@@ -64,7 +64,7 @@ class MeasuredRates(NamedTuple):
     """Rates of one GPU with HuBERT base."""
 
     training: tuple[TrainingRate, ...]  # by increasing size of the micro-batches
-    features: float  # extraction of layer-6 features in float32, in seconds of audio per second
+    features: dict[str, float]  # extraction of layer-6 features by precision, in seconds of audio per second
 
 
 _MIXED_SECONDS, _SIMILAR_SECONDS = 9.9, 4.4  # mean lengths in the batches of the benchmark
@@ -76,7 +76,7 @@ MEASURED = {
             TrainingRate(330.0, 5_439.0, _MIXED_SECONDS),
             TrainingRate(660.0, 5_702.0, _MIXED_SECONDS),
         ),
-        features=3_482.0,
+        features={"fp32": 3_482.0, "bf16": 5_313.0},
     )
 }
 # Assumed utilization (fraction of the 16-bit peak) of a GPU that was not measured. An H200 reaches 0.24 with
@@ -107,6 +107,9 @@ class Machine:
     # empty: `flops_16bit` for all sizes
     measured_sizes: tuple[tuple[float, float], ...] = ()
 
+    # Achieved FLOP/s of feature extraction in 16 bits; None: `flops_16bit`
+    features_16bit: float | None = None
+
     def training_flops(self, micro_seconds: float) -> float:
         """Return the FLOP/s of training in 16 bits with micro-batches of this size.
 
@@ -135,7 +138,7 @@ def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int)
     """Measure the speed of training in float32 and the run's 16-bit dtypes, of decoding, and of MFCCs."""
     device = distributed.process_device(trains[0].device)
     requested = [pick_precision(train, device) for train in trains]
-    # Features and labels are always computed in float32.
+    # By default, features and labels are computed in float32.
     dtypes = list(dict.fromkeys([*(dtype for dtype in requested if dtype.itemsize == 2), torch.float32]))
     speeds = [_training_speed(config, trains[0], device, dtype) for dtype in dtypes]
     flops = [speed * step_flops(config, _utterance_seconds(trains[0]), False) for speed in speeds]
@@ -175,6 +178,7 @@ def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
     name = names[gpu.lower()]
     peak, rates = GPUS[name], None if utilization else MEASURED.get(name)
     training: tuple[tuple[float, float], ...] = ()
+    features_16bit: float | None = None
     if rates:
         base = HubertConfig.base()
         training = tuple(
@@ -182,13 +186,14 @@ def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
             for rate in rates.training
         )
         flops_16bit = max(flops for _, flops in training)
-        flops_fp32 = rates.features * sum(forward_flops(base, _MIXED_SECONDS, layer=6))
+        features = sum(forward_flops(base, _MIXED_SECONDS, layer=6))
+        flops_fp32, features_16bit = (rates.features[name] * features for name in ("fp32", "bf16"))
         speeds = " / ".join(f"{rate.speed:,.0f}" for rate in rates.training)
         sizes = " / ".join(f"{rate.micro_seconds:g}" for rate in rates.training)
         source = (
             f"measured on one {name} with HuBERT base: {speeds} s of audio per second of training in "
-            f"bfloat16 with micro-batches of {sizes} s, and {rates.features:,.0f} of layer-6 features in "
-            "float32"
+            f"bfloat16 with micro-batches of {sizes} s, and {rates.features['fp32']:,.0f} / "
+            f"{rates.features['bf16']:,.0f} of layer-6 features in float32 / bfloat16"
         )
     else:
         utilization = utilization or (UTILIZATION if peak.has_bfloat16 else UTILIZATION_WITHOUT_FLASH)
@@ -210,6 +215,7 @@ def from_table(gpu: str, n_devices: int, utilization: float | None) -> Machine:
         source=source,
         measured_model=HubertConfig.base() if rates else None,
         measured_sizes=training,
+        features_16bit=features_16bit,
         decode_speed=decode_speed,
         mfcc_speed=mfcc_speed,
     )

@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Config:
     kind: str = "mfcc"  # mfcc, hubert, or a feature extractor as module:attribute or file.py:attribute
     model: Path | None = model_field(None)  # for hubert: the trained model
     layer: int = 6  # for hubert: number of the Transformer layer, counted from 1
+    precision: Literal["fp32", "bf16"] = "fp32"  # for hubert: number format of the computation
     split: str = split_field("train")  # split from which frames are sampled
     sample_frames: int = 2_000_000  # number of frames to sample; all frames if the split has fewer
     seed: int = 0  # random seed for drawing the frames
@@ -63,16 +64,20 @@ class Config:
     workers: int = runtime_field(0)  # number of reading processes per device; 0: threads in this process
 
     def __post_init__(self) -> None:
-        raise_config_errors(
-            range_errors(
-                self,
-                {
-                    "at least 1": ("layer", "sample_frames"),
-                    "at least 0": ("workers",),
-                    "positive": ("batch_seconds",),
-                },
-            )
+        errors = range_errors(
+            self,
+            {
+                "at least 1": ("layer", "sample_frames"),
+                "at least 0": ("workers",),
+                "positive": ("batch_seconds",),
+            },
         )
+        if self.kind != "hubert" and self.precision != "fp32":
+            errors.append(
+                f"precision is {self.precision}, but only features of kind hubert can be computed in another "
+                f"precision than fp32, and kind is {self.kind}"
+            )
+        raise_config_errors(errors)
 
     def unused_settings(self) -> tuple[str, ...]:
         """Return the settings that have no effect: only features of HuBERT have a model and a layer."""
@@ -82,7 +87,7 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     device = distributed.process_device(config.device)
-    feature = make_feature(config.kind, config.model, config.layer, device)
+    feature = make_feature(config.kind, config.model, config.layer, device, config.precision)
     sample = draw_sample(manifest, feature, config)
     temporary = out / "tmp_sample.npy"
     final = out / "sample.npy"

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class Config:
     centroids: Path  # output folder of the kmeans stage, or a folder with fairseq's files
     model: Path | None = model_field(None)  # for hubert: the model whose features were clustered
     layer: int | None = runtime_field(None)  # for hubert: layer to which the centroids must have been fitted
+    # For hubert: precision of the features to which the centroids must have been fitted. The features are
+    # always computed in this precision.
+    precision: Literal["fp32", "bf16"] | None = runtime_field(None)
     # Custom feature extractor (module:attribute or file.py:attribute). Its code is imported only if the
     # centroids were fitted to its features.
     feature: str | None = runtime_field(None)
@@ -115,6 +118,13 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
             f"{config.layer}; set label.centroids to centroids of layer {config.layer}, or rerun the "
             "stages features and kmeans"
         )
+    precision = fitted.get("precision", "fp32")
+    if config.precision is not None and fitted["layer"] is not None and precision != config.precision:
+        raise DataError(
+            f"{config.centroids}: centroids were fitted to features in {precision}, but features.precision "
+            f"is {config.precision}; set features.precision={precision}, or rerun the stages features and "
+            "kmeans"
+        )
     # Centroid files are untrusted, so they must not determine which code is imported.
     if fitted["feature"] not in FEATURES and fitted["feature"] != config.feature:
         raise DataError(
@@ -122,7 +132,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
             f"but features.kind is {quote(config.feature)}; if you trust its code, set features.kind to this "
             "feature"
         )
-    feature = make_feature(fitted["feature"], config.model, fitted["layer"], device)
+    feature = make_feature(fitted["feature"], config.model, fitted["layer"], device, precision)
     actual = feature_header(feature, fitted["feature"], fitted["layer"])
     mismatches = [
         f"{key} is {quote(actual.get(key))}, expected {quote(fitted[key])}"
@@ -142,6 +152,7 @@ def write_units(config: Config, manifest: Manifest, out: Path) -> None:
         model=fitted["model"],
         manifest=manifest.fingerprint,
         normalize=fitted["normalize"],
+        precision=precision,
     )
     n_frames = HUBERT.n_frames(manifest.n_samples)
     writer = LabelWriter(out, header, n_frames, shard_size=config.shard_size)

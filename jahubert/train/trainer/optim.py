@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jahubert.errors import ConfigError
-from jahubert.model.precision import preferred_dtype
+from jahubert.model.precision import DTYPES, preferred_dtype
 from jahubert.train.data.sampler import BatchSizes, groups_per_update
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
 
@@ -176,4 +176,4 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
         return preferred_dtype(device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return DTYPES[config.precision]

@@ -128,6 +128,16 @@ def test_layer_equals_the_model_for_every_batch(model):
     assert feature([]) == []
 
 
+def test_layer_in_bfloat16_is_close_to_float32(model):
+    wavs = [speech_like(n, n) for n in (4000, 300, 9000)]
+    exact, lower = (HubertLayer(model, layer=2, precision=precision)(wavs) for precision in ("fp32", "bf16"))
+    for expected, actual in zip(exact, lower, strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    expected, actual = torch.cat(exact), torch.cat(lower)
+    assert 1e-3 < float((actual - expected).norm() / expected.norm()) < 0.05
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_missing_layer_is_rejected(model):
     for layer in (0, 4):
         with pytest.raises(ConfigError, match=r"layer is \d"):

@@ -209,6 +209,15 @@ def test_hours_depend_on_precision():
     assert row.hours == pytest.approx(hours) and "float32" not in row.note
 
 
+def test_hours_of_features_depend_on_their_precision():
+    """An H200 extracts features at 3,482 and 5,313 audio-seconds per second (docs/performance.md)."""
+    h200 = replace(machine.from_table("H200", 1, None), decode_speed=1e6)
+    settings = [*PAPER[:1], "stage=features", "iteration=2"]
+    fp32 = planned(settings, machine=h200)["iter2/features"].hours
+    bf16 = planned([*settings, "features.precision=bf16"], machine=h200)["iter2/features"].hours
+    assert fp32 / bf16 == pytest.approx(5313 / 3482)
+
+
 def hours_of(capsys, *settings):
     assert main(["plan", *settings, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from fixtures.unit_stages import PART, SHARD, N, make_corpus, stages
 
-from jahubert.errors import DataError, DiskFullError
-from jahubert.formats.bundle import save_bundle
+from jahubert.errors import ConfigError, DataError, DiskFullError, StaleError
+from jahubert.formats.bundle import load_bundle, save_bundle
 from jahubert.frames import MFCC
 from jahubert.model.hubert import HubertModel
 from jahubert.train.clustering import lloyd as lloyd_module
@@ -273,6 +273,63 @@ def test_mismatched_centroids_are_rejected(corpus, layer_centroids, tmp_path):
         label.run(replace(config, centroids=tmp_path / "k"), tmp_path / "c")
 
 
+@pytest.fixture(scope="module")
+def bf16_centroids(corpus, tmp_path_factory) -> Path:
+    """Fit centroids to layer 1 of the model, computed in bfloat16."""
+    exp = tmp_path_factory.mktemp("bf16")
+    config = stages(corpus, exp)["features"]
+    config = replace(
+        config, kind="hubert", model=corpus / "model", layer=1, sample_frames=100, precision="bf16"
+    )
+    runner.run_stage("features", config, exp / "features")
+    runner.run_stage("kmeans", stages(corpus, exp)["kmeans"], exp / "kmeans")
+    with pytest.raises(StaleError, match=r"features\.precision was (')?bf16"):
+        runner.run_stage("features", replace(config, precision="fp32"), exp / "features")
+    return exp
+
+
+def test_units_in_bfloat16_nearly_equal_those_in_float32(corpus, layer_centroids, bf16_centroids, tmp_path):
+    """The same centroids are used with features in both precisions."""
+    _, header = load_centroids(bf16_centroids / "kmeans/centroids.safetensors")
+    assert header["precision"] == "bf16" and header["layer"] == 1
+    centroids_KD, plain = load_centroids(layer_centroids / "kmeans/centroids.safetensors")
+    assert plain == {key: value for key, value in header.items() if key != "precision"}
+    stores = []
+    for precision, description in (("fp32", plain), ("bf16", header)):
+        (tmp_path / precision).mkdir()
+        save_centroids(tmp_path / precision / "centroids.safetensors", centroids_KD, description)
+        config = replace(
+            stages(corpus, tmp_path)["label"],
+            centroids=tmp_path / precision,
+            model=corpus / "model",
+            layer=1,
+            precision=precision,
+        )
+        label.run(config, tmp_path / f"label-{precision}")
+        stores.append(LabelStore(tmp_path / f"label-{precision}"))
+    assert [store.header.precision for store in stores] == ["fp32", "bf16"]
+    same = stores[0].unit_N == stores[1].unit_N
+    assert len(same) > 200 and same.mean() > 0.97, same.mean()
+    info = load_bundle(tmp_path / "label-bf16/bundle").info
+    assert info["units"]["precision"] == "bf16"
+
+
+def test_precision_of_features_and_labels_must_agree(corpus, layer_centroids, bf16_centroids, tmp_path):
+    for exp, other in ((layer_centroids, "bf16"), (bf16_centroids, "fp32")):
+        config = replace(stages(corpus, exp)["label"], model=corpus / "model", layer=1, precision=other)
+        with pytest.raises(DataError, match=rf"features\.precision is {other}"):
+            label.run(config, tmp_path / other)
+
+
+def test_precision_of_other_features_is_refused(corpus, whole, tmp_path):
+    for kind in ("mfcc", "custom.py:Feature"):
+        with pytest.raises(ConfigError, match=r"precision is bf16.*kind is"):
+            replace(stages(corpus, tmp_path)["features"], kind=kind, precision="bf16")
+    # The default of the `features` stage is passed to `label` in every iteration.
+    label.run(replace(stages(corpus, whole)["label"], precision="fp32"), tmp_path / "label")
+    assert LabelStore(tmp_path / "label").header.precision == "fp32"
+
+
 def test_centroids_cannot_choose_code_to_import(corpus, whole, tmp_path):
     """A custom feature is imported only if the configuration names it."""
     custom = tmp_path / "custom.py"
@@ -310,7 +367,15 @@ def test_centroids_of_a_custom_feature_that_was_edited_are_rejected(corpus, whol
 
 
 @pytest.mark.parametrize(
-    "change", [{"feature": None}, {"layer": 1.5}, {"normalize": "no"}, {"dim": "39"}, {"more": 1}]
+    "change",
+    [
+        {"feature": None},
+        {"layer": 1.5},
+        {"normalize": "no"},
+        {"dim": "39"},
+        {"more": 1},
+        {"precision": "fp8"},
+    ],
 )
 def test_malformed_centroid_headers_are_rejected(whole, tmp_path, change):
     centroids_KD, header = load_centroids(whole / "kmeans/centroids.safetensors")
