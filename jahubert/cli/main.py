@@ -289,6 +289,8 @@ def _shown(value: Any) -> str:
 
 
 def convert(args: argparse.Namespace) -> int:
+    if args.calibration is not None and args.to != "hf":
+        raise ConfigError(f"--calibration applies only to --to hf, not to --to {args.to}")
     if Path(args.source, "units.bin").is_file():
         return convert_labels(args)
     if args.manifest is not None:
@@ -297,7 +299,12 @@ def convert(args: argparse.Namespace) -> int:
         return export_corpus(args)
     from jahubert.formats import convert as conversion
 
-    done = conversion.convert(args.source, args.target, args.to)
+    calibration = None
+    if args.calibration is not None:
+        from jahubert.inference.confidence import read_calibration
+
+        calibration = read_calibration(Path(args.calibration)).to_json()
+    done = conversion.convert(args.source, args.target, args.to, calibration)
     for note in done.notes:
         print(f"changed: {note}")
     print(f"largest absolute difference of outputs on random audio: {done.difference:.3g}")
@@ -562,6 +569,11 @@ def model_commands(command: Command) -> None:
         "--manifest",
         metavar="FILE",
         help="manifest of the units (default: exp/NAME/prepare/manifest.arrow)",
+    )
+    sub.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="with --to hf: calibration of confidences to store in the model, from a score stage",
     )
 
 

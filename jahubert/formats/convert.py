@@ -35,26 +35,31 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     to: Literal["hf", "fairseq", "torchaudio", "onnx"],
+    calibration: dict[str, float] | None = None,
 ) -> Conversion:
     """Convert a model in any format that `load_bundle` reads, and verify the outputs of the result.
 
-    The target is a folder for "hf", and a file for the other formats.
+    The target is a folder for "hf", and a file for the other formats. With "hf", `calibration` (the output of
+    `Calibration.to_json`) is stored as the calibration of word confidences.
 
     Raises:
         CheckpointError: the source cannot be read, the target format cannot represent the model, or the
             outputs of the written model differ from the outputs of the source.
-        ConfigError: the target exists, has the wrong suffix or cannot be written, or the format is unknown.
+        ConfigError: the target exists, has the wrong suffix or cannot be written, the format is unknown, or a
+            calibration is given for another format than "hf".
         MissingExtraError: a package that ONNX export or a Hub name needs is not installed.
         OSError: writing failed, for example because the disk is full.
     """
     target = Path(target)
     _check_target(target, to)
+    if calibration is not None and to != "hf":
+        raise ConfigError(f"{to} files cannot store a calibration; convert to hf, or omit it")
     bundle = load_bundle(source)
     notes = list(bundle.notes)
     if to != "hf":
         notes += _dropped_parts(bundle, to)
     if to == "hf":
-        _write_bundle(target, bundle)
+        _write_bundle(target, bundle, {} if calibration is None else {CALIBRATION_KEY: calibration})
     elif to == "onnx":
         difference = _write_onnx(target, bundle)
     else:
@@ -125,7 +130,7 @@ def _is_leftover(path: Path) -> bool:
         return False
 
 
-def _write_bundle(target: Path, bundle: Bundle) -> None:
+def _write_bundle(target: Path, bundle: Bundle, info: dict[str, Any]) -> None:
     save_bundle(
         target,
         model=bundle.model,
@@ -134,7 +139,7 @@ def _write_bundle(target: Path, bundle: Bundle) -> None:
         unit_head=bundle.unit_head,
         centroids_KD=bundle.centroids_KD,
         centroid_layer=bundle.centroid_layer,
-        info={name: value for name, value in bundle.info.items() if name not in INFO_KEYS},
+        info={name: value for name, value in bundle.info.items() if name not in INFO_KEYS} | info,
         special_rows=bundle.special_rows,
         language_model=bundle.language_model,
     )

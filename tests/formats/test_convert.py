@@ -27,6 +27,8 @@ from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.atomic import temporary_path
 from jahubert.formats.bundle import LanguageModel, load_bundle, save_bundle
 from jahubert.formats.convert import convert, largest_difference
+from jahubert.inference.confidence import Calibration, WordFeatures
+from jahubert.inference.transcribe import Transcriber
 from jahubert.model.heads import HubertForCtc, UnitHead
 from jahubert.model.hubert import HubertModel
 from jahubert.phonemes import BLANK, PhonemeSet
@@ -201,6 +203,23 @@ def test_notes_name_every_part_that_is_dropped(tmp_path, monkeypatch, to):
     head = "projection of the pretraining head" if to == "fairseq" else "pretraining head"
     dropped = {head, "centroids", "n-gram", "confidence calibration", "origin of the model (jahubert.json)"}
     assert dropped & set(notes) == (set() if to == "hf" else dropped)
+
+
+def test_calibration_is_stored_in_the_converted_model(tmp_path, capsys):
+    phonemes = PhonemeSet.standard()
+    ctc = HubertForCtc(KINDS["base"], len(phonemes), model_of(KINDS["base"]))
+    save_bundle(
+        tmp_path / "bundle", ctc=ctc, phonemes=phonemes, info={"confidence": {"bias": 9.0}, "recipe": "x"}
+    )
+    calibration = Calibration(0.5, WordFeatures(1.0, 2.0, 3.0, 4.0))
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration.to_json()))
+    options = ["--calibration", str(tmp_path / "calibration.json"), "--to"]
+    assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "new"), *options, "hf"]) == 0
+    asr = Transcriber.from_pretrained(tmp_path / "new")
+    assert asr.calibration == calibration and load_bundle(tmp_path / "new").info["recipe"] == "x"
+    for to in ("fairseq", "kaldi"):
+        assert cli.main(["convert", str(tmp_path / "bundle"), str(tmp_path / "a.pt"), *options, to]) == 2
+        assert "--calibration" in capsys.readouterr().err
 
 
 def test_convert_command_prints_the_difference_and_writes_settings(tmp_path, capsys):
