@@ -48,6 +48,7 @@ from torch import nn
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.inference.ctc import beam_search
+from jahubert.train.experiment.environment import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,7 +145,8 @@ def kmeans(report: Report, run: Settings) -> None:
 
     sizes = [(2_000, 39, 10)] if run.small else [(2_000_000, 39, 100), (500_000, 768, 500)]
     for frames, dim, clusters in sizes:
-        x_ND = torch.from_numpy(mixture(min(frames, 200_000), dim)).repeat(max(1, frames // 200_000), 1)
+        distinct_ND = torch.from_numpy(mixture(min(frames, 200_000), dim))
+        x_ND = distinct_ND.repeat(-(-frames // len(distinct_ND)), 1)[:frames]
         x_ND += 0.01 * torch.randn(x_ND.shape)
         options = KmeansOptions(clusters, n_init=1, max_iter=100, seed=0, device=str(run.device))
         started = time.perf_counter()
@@ -230,13 +232,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     for peer in PEERS:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[peer] = importlib.metadata.version(peer)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "device": name,
         "cores": os.cpu_count(),
-        "commit": commit.stdout.strip(),
+        "commit": git_commit() or "unknown",
         **versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -7,4 +7,4 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 # The same options of torch's allocator as in jahubert.run, for all models.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$root/tools/bench/gpu.py" "$@"
+PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-$(command -v python || echo python3)}" "$root/tools/bench/gpu.py" "$@"

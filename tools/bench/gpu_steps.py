@@ -48,16 +48,18 @@ def peak_megabytes(trainer: Trainer, batch: Batch) -> float:
 def step_seconds(
     trainers: dict[str, Trainer], batches: dict[str, Batch], run: Settings
 ) -> dict[str, list[float]]:
-    """Time the steps of all models in turns. The first step of a turn, which allocates memory, is not timed.
+    """Time the steps of all models in turns, and return the mean duration of a step in each turn.
 
-    Between turns, unused memory is returned to the GPU, so that each model can use all of it.
+    The first step of a turn, which allocates memory, is not timed. The others follow one another as in
+    training, without waiting for the GPU, and their mean includes steps with different numbers of dropped
+    layers. Between turns, unused memory is returned to the GPU, so that each model can use all of it.
     """
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
     for _ in range(TURNS):
         for kind, trainer in trainers.items():
             free_memory(run.device)
             trainer.step(batches[kind])
-            seconds[kind] += [trainer.step(batches[kind]) for _ in range(run.repeats // TURNS)]
+            seconds[kind].append(trainer.mean_step(batches[kind], max(1, run.repeats // TURNS)))
     return seconds
 
 
@@ -117,7 +119,7 @@ def compare_steps(
             failures[kind] = describe(error)
             del trainers[kind]
     seconds = step_seconds(trainers, batches, run)
-    rates = {kind: batches[kind].seconds / statistics.median(seconds[kind]) for kind in trainers}
+    rates = {kind: batches[kind].seconds / statistics.mean(seconds[kind]) for kind in trainers}
     ours = "jahubert"
     add_rate(report, run, name, trainers[ours], batches[ours], rates[ours], memory[ours])
     for kind in PEERS:
@@ -215,7 +217,7 @@ def compare_with_compiled(report: Report, run: Settings, name: str, n_groups: in
         lengths = [length] * int(run.group_seconds / length)
         trainers["compiled"].step(one_shape_batch(run, lengths, n_groups))
     recompilations = compiled_graphs() - warmed_up
-    rates = {kind: batch.seconds / statistics.median(seconds[kind]) for kind in trainers}
+    rates = {kind: batch.seconds / statistics.mean(seconds[kind]) for kind in trainers}
     for kind, row in (("eager", name), ("compiled", f"{name}, compiled")):
         if report.value(f"{row}: jahubert") is None:  # the section `step` may have measured the eager step
             add_rate(report, run, row, trainers[kind], batches[kind], rates[kind], memory[kind])

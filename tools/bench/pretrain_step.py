@@ -200,14 +200,26 @@ class Trainer:
         """Run a step and return its duration in seconds. Gradients are released unless `keep_gradients`."""
         synchronize(self.device)
         started = time.perf_counter()
+        self._step(batch, keep_gradients)
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+    def mean_step(self, batch: Batch, n_steps: int) -> float:
+        """Run steps without waiting for the device in between, and return their mean duration in seconds."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        for _ in range(n_steps):
+            self._step(batch)
+        synchronize(self.device)
+        return (time.perf_counter() - started) / n_steps
+
+    def _step(self, batch: Batch, keep_gradients: bool = False) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             loss = self.module(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not keep_gradients)
-        synchronize(self.device)
-        return time.perf_counter() - started
 
 
 def check(config: HubertConfig) -> None:
