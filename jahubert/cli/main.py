@@ -505,7 +505,7 @@ def audio_commands(command: Command) -> None:
     sub.add_argument(
         "--calibration", metavar="FILE",
         help="calibration of confidences, fitted to the same search by the score stage (default: that of the "
-        "model, if it has one, unless --lm, --no-lm, --lexicon, --lm-weight or --word-bonus is given)",
+        "model, if it has one, unless other options change the search)",
     )  # fmt: skip
     sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")

@@ -42,6 +42,7 @@ from jahubert.phonemes import BOUNDARY, PhonemeSet, phones_to_kana
 
 CHUNK_SECONDS = 30.0  # longer recordings are encoded in overlapping chunks of this length
 CHUNKS_PER_BATCH = 4
+DEFAULT_BEAM = 20  # beam for which the calibration of a model holds
 PAUSE_SECONDS = 0.5  # length of the window for finding the clearest pause, where a long recording is cut
 MAX_CUT_WORD = 40  # maximum number of labels that can continue a word from the previous part
 # Maximum gap between two labels of a word. With the built-in model, gaps inside the words of 40
@@ -211,7 +212,7 @@ class Transcriber:
         model: HubertForCtc,
         phonemes: PhonemeSet,
         *,
-        beam: int = 20,
+        beam: int = DEFAULT_BEAM,
         device: str | torch.device | None = None,
         vad: bool | Literal["silero"] = True,
         conditioning: bool = True,
@@ -276,7 +277,7 @@ class Transcriber:
         if "lm" not in options and options.get("lexicon") is None:
             options = own | options
         # The stored calibration does not hold for another search.
-        is_own = all(
+        is_own = options.get("beam", DEFAULT_BEAM) == DEFAULT_BEAM and all(
             options.get(name) == own.get(name) for name in ("lm", "lm_weight", "word_bonus", "lexicon")
         )
         if is_own and (stored := bundle.info.get(CALIBRATION_KEY)) is not None:

@@ -1,8 +1,8 @@
 """PER of test utterances together, and of Common Voice speakers by gender and by age.
 
-    cd exp/builtin/systems/main/decode-ngram
-    python recipes/builtin/by_group.py test_cv.jsonl --common-voice /path/to/common_voice_ja
-    python recipes/builtin/by_group.py test_low.jsonl test_high.jsonl   # all held-out words together
+    folder=exp/builtin/systems/main/decode-ngram
+    python recipes/builtin/by_group.py $folder/test_cv.jsonl --common-voice /path/to/common_voice_ja
+    python recipes/builtin/by_group.py $folder/test_low.jsonl $folder/test_high.jsonl   # all held-out words
 
 The gender and the age of a speaker are those in the first row of the corpus that states them. The 95 %
 intervals are bootstrapped over utterances, so they do not reflect the variation between speakers. If all

@@ -543,6 +543,7 @@ def test_calibration_of_the_model_does_not_hold_for_another_search(with_ngram, t
         ("ngram", {}, True),
         ("ngram", {"lm": None}, False),
         ("ngram", {"lm_weight": ngram.weight + 0.1}, False),
+        ("ngram", {"beam": 2}, False),
         ("ngram", lexicon, False),
         ("plain", {}, True),
         ("plain", {"lm": None}, True),
