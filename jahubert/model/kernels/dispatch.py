@@ -1,4 +1,4 @@
-"""Selection between the plain modules, the kernels, and those of the kernels that need Triton."""
+"""Selection between the plain modules, the kernels and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def usable(part: nn.Module) -> bool:
 def triton_kernels_for(x: Tensor) -> ModuleType | None:
     """Return the module `triton_kernels` if it may compute an operation on `x`, and otherwise None.
 
-    It is used in training only, for contiguous 16-bit tensors on a CUDA device for which Triton can compile,
-    and not if operations are traced or transformed. The alternative are torch's operators.
+    This is the case for contiguous 16-bit tensors on a CUDA device for which Triton can compile, unless
+    operations are traced or transformed. Callers use the module in training only, and otherwise torch's
+    operators.
     """
     if type(x) is not Tensor or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
         return None

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jahubert.model.kernels.dropout import threshold
+
 TILE = 2048  # number of elements that a program of the norm processes at a time
 WARPS = 8  # per program of the norm, so that a thread processes 8 elements at a time
 RESIDENT = 3  # programs of the norm's backward pass that run on a multiprocessor (80 registers per thread)
@@ -45,7 +47,7 @@ def residual_norm(
     with torch.cuda.device_of(x_ND):
         _residual_norm[(triton.cdiv(n, rows),)](
             x_ND, residual_ND, weight_D, bias_D, seed, sum_ND, normed_ND, moments_2N, n, eps,
-            width, block, rows, _threshold(p), num_warps=WARPS,
+            width, block, rows, threshold(p), num_warps=WARPS,
         )  # fmt: skip
     return sum_ND, normed_ND, moments_2N
 
@@ -62,14 +64,14 @@ def residual_norm_backward(
     """Compute the gradients with respect to x, the residual, and weight and bias (2, D)."""
     n, width = sum_ND.shape
     grad_residual_ND = torch.empty_like(sum_ND)
-    grad_x_ND = torch.empty_like(sum_ND) if _threshold(p) else grad_residual_ND
+    grad_x_ND = torch.empty_like(sum_ND) if threshold(p) else grad_residual_ND
     block, rows = _tile(width)
     programs = min(RESIDENT * _multiprocessors(sum_ND.device), triton.cdiv(n, rows))
     partial_P2D = moments_2N.new_empty(programs, 2, width)
     with torch.cuda.device_of(sum_ND):
         _residual_norm_backward[(programs,)](
             grad_normed_ND, grad_sum_ND, sum_ND, weight_D, moments_2N, seed, grad_x_ND, grad_residual_ND,
-            partial_P2D, n, width, block, rows, _threshold(p), num_warps=WARPS,
+            partial_P2D, n, width, block, rows, threshold(p), num_warps=WARPS,
         )  # fmt: skip
         return grad_x_ND, grad_residual_ND, _sum_parts(partial_P2D, weight_D.dtype)
 
@@ -116,11 +118,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter of triton
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _threshold(p: float) -> int:
-    """Return the number of 16-bit integers for which an element is dropped."""
-    return round(p * 2**16)
 
 
 @triton.jit
