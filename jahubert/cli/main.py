@@ -462,7 +462,7 @@ def audio_commands(command: Command) -> None:
 
     def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
         names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
-        auto = "auto, bfloat16 if the device supports it" if default == "auto" else default
+        auto = "auto, bfloat16 where the device is faster with it" if default == "auto" else default
         sub.add_argument(
             "--dtype", choices=names, default=default, help=f"dtype of the computation (default: {auto})"
         )

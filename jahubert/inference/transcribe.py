@@ -187,8 +187,8 @@ class Transcriber:
             silero-vad also detects (extra `vad`).
         conditioning: whether to remove DC offset and hum and normalize the level of speech
             (`conditioning.prepare_speech`).
-        dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16 if
-            the hardware supports it, otherwise float32.
+        dtype: torch.float32, bfloat16, float16 (autocast), or int8 (only on a CPU). By default, bfloat16
+            where the hardware is faster with it, otherwise float32.
         lm: path of an ARPA file with an n-gram model over the symbols, or over the words in `lexicon` if
             given. If neither `lm` nor a lexicon is given, `from_pretrained` uses the n-gram, weight and bonus
             of the model, if it has an n-gram; lm=None prevents this.

@@ -8,9 +8,11 @@ are not changed.
 from __future__ import annotations
 
 import copy
+import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,12 +26,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if a CUDA device or CPU supports it in hardware, otherwise float32."""
+    """Return bfloat16 if a CUDA device supports it or a CPU is faster with it, otherwise float32."""
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(False)  # False excludes emulation
+        faster = torch.cuda.is_bf16_supported(False)  # False excludes emulation
     else:
-        supported = _cpu_has_bf16()
-    return torch.bfloat16 if supported else torch.float32
+        faster = _cpu_is_faster_in_bf16()
+    return torch.bfloat16 if faster else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -91,9 +93,26 @@ def quantize_int8(model: T, device: torch.device) -> T:
         return quantized
 
 
-def _cpu_has_bf16() -> bool:
+def _cpu_is_faster_in_bf16() -> bool:
+    """Return whether the CPU multiplies matrices faster in bfloat16 than in float32.
+
+    AVX-512 instructions for bfloat16 are faster than those for float32 on AMD processors, but slower on Intel
+    processors (LOG.md). On the latter, bfloat16 is faster only with AMX, which is disabled in some virtual
+    machines.
+    """
     # mkldnn._is_mkldnn_bf16_supported is also true for AVX-512 without bf16, where bfloat16 is emulated.
-    return cpu_has_amx() or _cpu_supports("_is_avx512_bf16_supported")
+    return cpu_has_amx() or (_cpu_supports("_is_avx512_bf16_supported") and cpu_is_amd())
+
+
+@lru_cache(maxsize=1)
+def cpu_is_amd() -> bool:
+    """Return whether the CPU is an AMD processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            processor = file.read(1024)
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
 
 
 def cpu_has_amx() -> bool:

@@ -18,8 +18,8 @@ import torch
 
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
-from jahubert.run import compose
 from jahubert.train.experiment.config import structure
+from jahubert.train.pipeline.compose import compose
 from jahubert.train.plan.memory import kept_bytes
 from jahubert.train.trainer.optim import TrainConfig, build_optimizer, pick_precision
 from jahubert.train.trainer.parallel import wrap_blocks

@@ -7,7 +7,6 @@ devices and processors, and for other dtypes and small products, the functions c
 
 from __future__ import annotations
 
-import platform
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from jahubert.model.kernels.dispatch import is_tracing, triton_kernels_for
 from jahubert.model.kernels.double_backward import is_differentiated, plain_gradients
-from jahubert.model.precision import autocast_dtype
+from jahubert.model.precision import autocast_dtype, cpu_is_amd
 
 MIN_MULTIPLICATIONS = 2**20  # below this, calling oneDNN takes more time than the product
 
@@ -113,9 +112,4 @@ def onednn_is_faster() -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a private operator
         return False
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            processor = file.read(1024)
-    except OSError:  # not Linux
-        processor = platform.processor()
-    return "AuthenticAMD" in processor
+    return cpu_is_amd()

@@ -324,7 +324,8 @@ def _precision(train: TrainConfig, machine: Machine) -> torch.dtype:
     """Return the training dtype on `machine`, which need not be this computer (cf. `pick_precision`)."""
     if train.precision == "fp16":
         return torch.float16
-    return torch.bfloat16 if train.precision != "fp32" and machine.has_bfloat16 else torch.float32
+    lower = machine.has_bfloat16 if train.precision == "auto" else machine.computes_bfloat16
+    return torch.bfloat16 if train.precision != "fp32" and lower else torch.float32
 
 
 def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, features: Any) -> float:
@@ -337,7 +338,7 @@ def _pass_hours(seconds: float, flops_per_second: float, machine: Machine, featu
     """
     if flops_per_second:
         flops = machine.flops_fp32
-        if features.precision == "bf16":
+        if features.precision == "bf16" and machine.computes_bfloat16:
             flops = machine.features_16bit or machine.flops_16bit
         compute_speed = flops / flops_per_second
     else:

@@ -106,9 +106,13 @@ class Machine:
     # Measured sizes of micro-batches (seconds of audio, increasing) with the FLOP/s of training in 16 bits;
     # empty: `flops_16bit` for all sizes
     measured_sizes: tuple[tuple[float, float], ...] = ()
-
     # Achieved FLOP/s of feature extraction in 16 bits; None: `flops_16bit`
     features_16bit: float | None = None
+
+    @property
+    def computes_bfloat16(self) -> bool:
+        """Whether the 16-bit rates hold for bfloat16. CPUs may have it without preferring it."""
+        return self.has_bfloat16 or self.memory_bytes is None
 
     def training_flops(self, micro_seconds: float) -> float:
         """Return the FLOP/s of training in 16 bits with micro-batches of this size.
@@ -129,9 +133,9 @@ class Machine:
         if not self.measured_sizes:
             return "measured"
         sizes = [size for size, _ in self.measured_sizes]
-        if micro_seconds >= sizes[-1] or any(abs(micro_seconds - size) <= 0.02 * size for size in sizes):
+        if any(abs(micro_seconds - size) <= 0.02 * size for size in sizes):
             return "measured"
-        return "interpolated" if micro_seconds >= sizes[0] else "extrapolated"
+        return "interpolated" if sizes[0] < micro_seconds < sizes[-1] else "extrapolated"
 
 
 def measure(config: HubertConfig, trains: Sequence[TrainConfig], n_devices: int) -> Machine:

@@ -42,7 +42,7 @@ class TrainConfig:
     eps: float = 1e-6  # AdamW epsilon
     weight_decay: float = 0.01  # AdamW weight decay
     clip_norm: float = 10.0  # maximum gradient norm; 0: no clipping
-    # Number format in training. auto: bf16 if the device supports it, otherwise fp32.
+    # Number format in training. auto: bf16 where the device is faster with it, otherwise fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: str = runtime_field("torch")  # training engine: torch, fairseq2, or an import path
     # Whether to use FSDP2 instead of DDP, for models that do not fit on one device.

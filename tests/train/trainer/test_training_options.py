@@ -189,11 +189,26 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path):
 def test_precision_follows_the_device(monkeypatch):
     cpu, auto = torch.device("cpu"), TrainConfig()
     for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(precision, "_cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(precision, "_cpu_is_faster_in_bf16", lambda has=has: has)
         assert pick_precision(auto, cpu) is wanted
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, has=has: has and not emulated)
         assert pick_precision(auto, torch.device("cuda")) is wanted
     assert pick_precision(TrainConfig(precision="fp16"), torch.device("cuda")) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("instructions", "is_amd", "wanted"),
+    [
+        ({"_is_amx_tile_supported", "_is_avx512_bf16_supported"}, False, torch.bfloat16),
+        ({"_is_avx512_bf16_supported"}, True, torch.bfloat16),
+        ({"_is_avx512_bf16_supported"}, False, torch.float32),
+        (set(), True, torch.float32),
+    ],
+)
+def test_bf16_is_chosen_on_cpus_that_are_faster_with_it(monkeypatch, instructions, is_amd, wanted):
+    monkeypatch.setattr(precision, "_cpu_supports", lambda function: function in instructions)
+    monkeypatch.setattr(precision, "cpu_is_amd", lambda: is_amd)
+    assert precision.preferred_dtype(torch.device("cpu")) is wanted
 
 
 def test_bf16_loss_is_close_to_fp32(tmp_path):
