@@ -32,7 +32,6 @@ from jahubert.model.config import HubertConfig as HubertConfig
 from jahubert.model.layers import (
     MaskedGroupNorm,
     WeightNormConv1d,
-    length_list,
     length_mask,
     length_tensor,
     mean_square,
@@ -372,7 +371,7 @@ class HubertModel(nn.Module):
         batch, width = wav_BT.shape
         if isinstance(n_samples_B, Tensor) and kernels.is_tracing():
             return n_samples_B  # the values of a traced tensor are not known
-        n_samples = [width] if n_samples_B is None else length_list(n_samples_B)
+        n_samples = [width] if n_samples_B is None else kernels.length_list(n_samples_B)
         if n_samples_B is not None and (len(n_samples) != batch or max(n_samples) > width):
             raise AudioError(f"lengths {n_samples} do not fit waveforms of shape {tuple(wav_BT.shape)}")
         shortest, window = min(n_samples), self.config.grid.window

@@ -92,11 +92,6 @@ def length_tensor(lengths: Iterable[int] | Tensor, device: torch.device) -> Tens
     return length_B
 
 
-def length_list(lengths: Iterable[int] | Tensor) -> list[int]:
-    """Return lengths as a list. A tensor on a GPU is copied once."""
-    return [int(length) for length in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-
-
 def length_mask(length_B: Tensor, width: int) -> Tensor:
     """Return a mask (B, width) that is True at positions below each length."""
     return torch.arange(width, device=length_B.device) < length_B[:, None]

@@ -43,7 +43,7 @@ def select(monkeypatch) -> Callable[[bool], None]:
 
     def set_(used: bool) -> None:
         module = triton_kernels if used else None
-        monkeypatch.setattr(dispatch, "_load_triton_kernels", lambda device: module)
+        monkeypatch.setattr(dispatch, "_load_triton_kernels", lambda device, dtype: module)
 
     set_(True)
     return set_
@@ -213,6 +213,11 @@ def test_double_backward_of_a_linear_layer(select):
         second = torch.autograd.grad(sum(grad.float().square().sum() for grad in grads), inputs)
         results.append([*grads, *second])
     assert_similar(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel_runs_before_the_kernels_are_used(dtype):
+    triton_kernels.run_all(DEVICE, dtype)
 
 
 def test_kernels_are_not_used_in_other_precisions_or_in_transforms(select):

@@ -478,7 +478,7 @@ def test_without_triton_a_warning_states_the_cause_once(caplog):
     """The device does not exist, so compilation fails even if triton is installed."""
     device = torch.device("cuda", 63)
     dispatch._load_triton_kernels.cache_clear()
-    assert [dispatch._load_triton_kernels(device) for _ in range(3)] == [None] * 3
+    assert [dispatch._load_triton_kernels(device, torch.bfloat16) for _ in range(3)] == [None] * 3
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "cuda:63" in record.message and "Error" in record.message
 

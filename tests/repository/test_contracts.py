@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -65,6 +66,25 @@ def test_ring_1_needs_only_the_core() -> None:
     imports = "\n".join(f"import {module.removesuffix('.__init__')}" for module in RING1)
     public = "\nimport jahubert\nfor name in getattr(jahubert, '__all__', ()): getattr(jahubert, name)"
     done = python(BLOCKER + "\n" + imports + public)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_modules_of_the_model_can_be_imported_in_any_order() -> None:
+    """Each module is the first that a process imports, so circular imports are found."""
+    modules = [module for module in RING1 if module.startswith("jahubert.model.")]
+    code = f"""
+        import importlib, os, sys
+        import torch
+        for module in {modules}:
+            process = os.fork()
+            if not process:
+                importlib.import_module(module)
+                os._exit(0)
+            if os.waitpid(process, 0)[1]:
+                sys.exit(module)
+        """
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 

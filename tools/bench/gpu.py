@@ -48,6 +48,7 @@ from torch import nn
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.inference.ctc import beam_search
+from jahubert.model.kernels.dispatch import triton_kernels_for
 from jahubert.train.experiment.environment import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,6 +238,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": git_commit() or "unknown",
         **versions,
+        "triton_kernels": triton_kernels_for(torch.zeros(1, dtype=torch.bfloat16, device=device)) is not None,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

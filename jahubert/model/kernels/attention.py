@@ -55,7 +55,7 @@ def self_attention(module: Attention, x_ND: Tensor, packing: Packing) -> Tensor:
 
 def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropout: float) -> Tensor:
     """Compute scaled dot-product attention on packed queries, keys and values (N, heads, head width)."""
-    if packing.flash is not None and _has_flash_attention(q_NHE):
+    if packing.flash is not None and flash_supports(q_NHE.dtype, q_NHE.shape[2]):
         out_NHE = flash_attention(q_NHE, k_NHE, v_NHE, *packing.flash, dropout)
         plain = _unfused(partial(_by_utterance, packing=packing), dropout)
         return with_double_backward(out_NHE, plain, q_NHE, k_NHE, v_NHE)
@@ -74,10 +74,9 @@ def attend(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, dropou
     return with_double_backward(out_NHE, _unfused(by_utterance), q_NHE, k_NHE, v_NHE)
 
 
-def _has_flash_attention(q_NHE: Tensor) -> bool:
-    """Return whether flash attention supports the dtype and the head width of a tensor."""
-    width = q_NHE.shape[2]
-    return q_NHE.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= MAX_FLASH_WIDTH
+def flash_supports(dtype: torch.dtype, head_width: int) -> bool:
+    """Return whether flash attention supports queries of this dtype and width."""
+    return dtype in (torch.bfloat16, torch.float16) and head_width % 8 == 0 and head_width <= MAX_FLASH_WIDTH
 
 
 def _has_efficient_attention(q_NHE: Tensor) -> bool:

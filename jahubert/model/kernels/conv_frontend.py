@@ -29,11 +29,10 @@ from torch.nn import functional as F
 from jahubert.frames import FrameGrid
 from jahubert.model.kernels.double_backward import with_double_backward
 from jahubert.model.kernels.gelu import gelu_backward
-from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors
+from jahubert.model.kernels.indexing import BLOCK, concat_ranges, index_tensors, length_list
 from jahubert.model.kernels.layer_norm import layer_norm
 from jahubert.model.kernels.packing import TILE, PackedShape, Packing, padded_size
 from jahubert.model.kernels.products import matmul_into
-from jahubert.model.layers import length_list
 from jahubert.model.precision import autocast_dtype
 
 if TYPE_CHECKING:

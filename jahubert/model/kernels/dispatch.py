@@ -97,18 +97,18 @@ def triton_kernels_for(x: Tensor) -> ModuleType | None:
     """
     if type(x) is not Tensor or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
         return None
-    return None if is_tracing() or is_transformed() else _load_triton_kernels(x.device)
+    return None if is_tracing() or is_transformed() else _load_triton_kernels(x.device, x.dtype)
 
 
 @lru_cache(maxsize=16)
-def _load_triton_kernels(device: torch.device) -> ModuleType | None:
-    """Return the module `triton_kernels` if a kernel runs on `device`; otherwise log why it does not."""
+def _load_triton_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Return the module `triton_kernels` if its kernels run on `device`; otherwise log why they do not."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     try:
         from jahubert.model.kernels import triton_kernels
 
-        triton_kernels.column_sum(torch.ones(1, 8, dtype=torch.bfloat16, device=device))
+        triton_kernels.run_all(device, dtype)
     except Exception as error:  # the package, a C compiler or support for this GPU is missing, for example
         log.warning(
             "%s: Triton cannot compile kernels, so torch's slower operators are used (%s: %s)",

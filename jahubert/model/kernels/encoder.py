@@ -16,7 +16,7 @@ from jahubert.model.kernels.attention import fused_kernels, self_attention
 from jahubert.model.kernels.conv_frontend import front_end
 from jahubert.model.kernels.dropout import dropout
 from jahubert.model.kernels.feed_forward import feed_forward
-from jahubert.model.kernels.indexing import index_tensors
+from jahubert.model.kernels.indexing import index_tensors, length_list
 from jahubert.model.kernels.layer_norm import layer_norm, residual_norm
 from jahubert.model.kernels.packing import PackedShape, Packing
 from jahubert.model.kernels.positional_conv import positional_conv
@@ -39,7 +39,7 @@ def encode(
 ) -> Encoded:
     """Compute `HubertModel.forward` on packed frames. `n_samples` contains the lengths in a padded batch."""
     from jahubert.model.hubert import Encoded
-    from jahubert.model.layers import length_list, scale_gradient
+    from jahubert.model.layers import scale_gradient
 
     config, device = model.config, wav_BT.device
     batch, width = wav_BT.shape

@@ -10,8 +10,8 @@ from jahubert.model.kernels.dispatch import triton_kernels_for
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """Return GELU(x), and multiply the contiguous `grad` by the derivative of GELU at x in place."""
-    kernels = triton_kernels_for(x)
+    """Return GELU(x), and multiply `grad` by the derivative of GELU at x in place."""
+    kernels = triton_kernels_for(x) if grad.is_contiguous() else None
     if kernels is not None:
         activated: Tensor = kernels.gelu_backward(x, grad)
         return activated

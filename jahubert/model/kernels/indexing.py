@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 BLOCK = 64  # row counts are rounded up to multiples of this, because oneDNN compiles a kernel per size
+
+
+def length_list(lengths: Iterable[int] | Tensor) -> list[int]:
+    """Return lengths as a list. A tensor on a GPU is copied once."""
+    return [int(length) for length in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -99,6 +99,17 @@ def column_sum(x_ND: Tensor) -> Tensor:
         return _sum_parts(partial_PD, x_ND.dtype)
 
 
+def run_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Run every kernel on a small tensor, so that errors in compilation occur before training."""
+    x_ND = torch.ones(2, 8, dtype=dtype, device=device)
+    weight_D = torch.ones(8, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    sum_ND, normed_ND, moments_2N = residual_norm(x_ND, x_ND, weight_D, weight_D, 1e-5, seed, 0.1)
+    residual_norm_backward(normed_ND, x_ND, sum_ND, weight_D, moments_2N, seed, 0.1)
+    gelu_backward(x_ND, torch.ones_like(x_ND))
+    column_sum(x_ND)
+
+
 def _sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum a float32 tensor over its first dimension."""
     total = partial.new_empty(partial.shape[1:], dtype=dtype)

@@ -10,6 +10,7 @@ import torch
 
 from jahubert.frames import SAMPLE_RATE
 from jahubert.model.hubert import HubertConfig, HubertModel
+from jahubert.model.kernels.attention import flash_supports
 from jahubert.model.kernels.packing import has_flash_attention
 from jahubert.train.experiment import distributed
 from jahubert.train.trainer.optim import TrainConfig, pick_precision
@@ -112,7 +113,7 @@ def _useful_seconds(
     fixed = fixed_bytes(n_parameters(model), precision, n_devices, train.sharded)
     fitting = (_USABLE * memory_bytes - fixed) / per_second
     # Without flash attention, merging would increase the padding for which attention is computed.
-    packed = has_flash and precision.itemsize == 2
+    packed = has_flash and flash_supports(precision, model.width // model.heads)
     return min(fitting, max(group_seconds, _MERGED_SECONDS) if packed else group_seconds)
 
 

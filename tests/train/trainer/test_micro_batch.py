@@ -140,6 +140,7 @@ def test_groups_are_merged_only_if_this_is_useful():
     ]
     assert micro_seconds(base, 80, flash=False) == 350
     assert micro_seconds(base, 80, precision=torch.float32) == 350
+    assert micro_seconds(replace(base, heads=2), 80) == 350  # too wide for flash attention
     assert micro_seconds(base, None, batch_seconds=60.0, groups=2) == 30  # a CPU
 
 
