@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import os
@@ -19,6 +20,8 @@ from jahubert.audio.sources import AudioSource, open_bytes
 from jahubert.errors import AudioError
 from jahubert.frames import SAMPLE_RATE
 
+log = logging.getLogger(__name__)
+
 # A file, byte range or binary stream, samples, or samples with their sampling rate in the form
 # (rate, samples) or {"array": samples, "sampling_rate": rate}.
 AudioLike = (
@@ -32,6 +35,8 @@ AudioLike = (
     | tuple[float, Any]
     | Mapping[str, Any]
 )
+_QUIET = 1e-6  # mean power (-60 dBFS) below which channels may contain only noise
+_CANCELED = 1e-3  # power of the mean of canceling channels, relative to that of the channels
 _EXPECTED = (
     "pass a path, an AudioSource, a binary stream, an array of samples, (rate, array) or "
     '{"array": ..., "sampling_rate": ...}'
@@ -44,7 +49,8 @@ def load_audio(
     """Load audio as a mono float32 tensor (T,) at 16 kHz, in which full scale is 1.
 
     Arrays have the shape (T,), (channels, T) or (T, channels), where the smaller dimension is assumed to be
-    the channels. Integers are divided by their full scale, after centering in the case of uint8.
+    the channels. Integers are divided by their full scale, after centering in the case of uint8. The result
+    is the mean of the channels; a warning is logged if they cancel each other out.
 
     Args:
         source: see `AudioLike`.
@@ -63,13 +69,14 @@ def load_audio(
     array, rate = _samples(source, sample_rate)
     if array is not None:
         name = "the array"
-        wav_T = _to_16k(_mono(_array(array)), rate, name)[start:end]
+        wav_T = _to_16k(_Mixer(name)(_array(array)), rate, name)[start:end]
     else:
         with _open(source) as (name, decoders):
+            mix = _Mixer(name)
             if _reads_by_seeking(decoders):
-                wav_T = _mono(decoders[0].read(start, n_samples))
+                wav_T = mix(decoders[0].read(start, n_samples))
             else:
-                streams = [_to_16k(_mono(d.read()), d.rate, name) for d in decoders]
+                streams = [_to_16k(mix(d.read()), d.rate, name) for d in decoders]
                 wav_T = np.concatenate(streams)[start:end]
     if wav_T.size == 0 and n_samples != 0:
         position = f" from sample {start} on" if start else ""
@@ -97,12 +104,13 @@ def stream_audio(
         return
     with _open(source) as (name, decoders):
         n_read = n_samples = 0
+        mix = _Mixer(name)
         for decoder in decoders:
             resampler = None
             if decoder.rate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(decoder.rate, SAMPLE_RATE, 1, quality="HQ")
             for frames_TC in chain(decoder.blocks(max(1, round(block_seconds * decoder.rate))), [None]):
-                wav_T = np.zeros(0, np.float32) if frames_TC is None else _mono(frames_TC)
+                wav_T = np.zeros(0, np.float32) if frames_TC is None else mix(frames_TC)
                 _check_finite(wav_T, name, n_read)
                 n_read += len(wav_T)
                 if resampler is not None:
@@ -275,10 +283,28 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     return samples.T if samples.shape[0] < samples.shape[1] else samples
 
 
-def _mono(frames_TC: np.ndarray) -> np.ndarray:
-    wav_T: np.ndarray
-    wav_T = frames_TC[:, 0] if frames_TC.shape[1] == 1 else frames_TC.mean(axis=1, dtype=np.float32)
-    return wav_T
+class _Mixer:
+    """Mean of the channels, with one warning if channels of opposite polarity cancel each other out."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.has_warned = False
+
+    def __call__(self, frames_TC: np.ndarray) -> np.ndarray:
+        wav_T: np.ndarray
+        if frames_TC.shape[1] == 1:
+            wav_T = frames_TC[:, 0]
+            return wav_T
+        wav_T = frames_TC.mean(axis=1, dtype=np.float32)
+        if not self.has_warned and wav_T.size:
+            power = float(np.square(frames_TC).mean())
+            if power > _QUIET and float(np.square(wav_T).mean()) < _CANCELED * power:
+                log.warning(
+                    "%s: the channels cancel each other out, so their mean is almost silent; use one channel",
+                    self.name,
+                )
+                self.has_warned = True
+        return wav_T
 
 
 def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:
