@@ -73,6 +73,11 @@ FINISHED = (
 )
 UNITS, UNIT_LAYER = 100, 4  # number of units for `jahubert units`, and the layer that is clustered
 CARD = Path(__file__).with_name("card.md")
+CALIBRATED = (
+    "The confidences of words were calibrated on the development sets with the n-gram; with `--no-lm`,\n"
+    "they are not calibrated."
+)
+NOT_CALIBRATED = "The confidences of words are not calibrated."
 CORPORA = ("data", "common_voice", "other_languages", "sentences", "hts_voices", "texts")
 SHOWN = ("pretrained", *CORPORA)  # settings with paths, which the model card shows as "..."
 SHARED = (*CORPORA, "seed", "processes", "device", "workers")  # settings that are also passed to pretraining
@@ -236,7 +241,10 @@ def pack(
             folder, ctc=bundle.ctc, phonemes=bundle.phonemes, info=info, dtype=torch.float16,
             centroids_KD=centroids_KD, centroid_layer=layer, language_model=ngram,
         )  # fmt: skip
-        page = card(bundle, scores, record, groups(exp, common_voice), examples(exp), command)
+        page = card(
+            bundle, scores, record, groups(exp, common_voice), examples(exp), command,
+            is_calibrated=CALIBRATION_KEY in info,
+        )  # fmt: skip
         (folder / "README.md").write_text(page, encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > LIMIT:
@@ -290,6 +298,8 @@ def card(
     by_group: str,
     transcripts: str,
     command: str,
+    *,
+    is_calibrated: bool,
 ) -> str:
     def cell(score: dict[str, float]) -> str:
         return f"{100 * score['rate']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
@@ -304,8 +314,9 @@ def card(
         confidence_rows="\n".join(
             f"| {SETS[name]} | {confidence_cells(scores[name]['confidence'])} |"
             for name in SETS
-            if name in scores
+            if "confidence" in scores.get(name, {})
         ),
+        calibration=CALIBRATED if is_calibrated else NOT_CALIBRATED,
         name=NAME,
         layers=bundle.config.layers,
         width=bundle.config.width,

@@ -385,7 +385,7 @@ def test_packing_keeps_the_model_and_writes_a_card(finished, tmp_path, capsys):
     assert bundle.info["weights"] == jahubert.formats.bundle.weights_hash(bundle.model)
     page = (target / "README.md").read_text(encoding="utf-8")
     assert "12.3 [10.0, 20.0]" in page and "| 15.7 |" in page and "| 17 |" in page and "12.3 hours" in page
-    assert "| 31 | 71.0 | 69.0 | 4.3 | 0.877 |" in page
+    assert "| 31 | 71.0 | 69.0 | 4.3 | 0.877 |" in page and build.NOT_CALIBRATED in page
     assert "CC BY-SA 4.0" in page and "## Intended use" in page
     assert "seed=3" in page and "somebody" not in page
     size = sum(path.stat().st_size for path in target.iterdir())
