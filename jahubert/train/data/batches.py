@@ -234,7 +234,7 @@ class PretrainData:
     ):
         labels.check(manifest)
         self.manifest, self.labels, self.mask, self.seed = manifest, labels, mask, seed
-        self.max_samples = HUBERT.floor(int(crop.max_seconds * SAMPLE_RATE))
+        self.max_samples = HUBERT.floor(round(crop.max_seconds * SAMPLE_RATE))
         rows = _long_enough(manifest, split, crop.min_seconds)
         n_samples = manifest.n_samples[rows]
         self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)

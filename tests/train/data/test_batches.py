@@ -48,6 +48,12 @@ def pretraining(corpus, **changes):
     return PretrainData(manifest, labels, sizes=BatchSizes(8.0), seed=1, **{**settings, **changes})
 
 
+def test_longest_crop_is_rounded_to_samples(corpus):
+    """The product 4.02 * 16,000 is slightly below 64,320 samples."""
+    data = pretraining(corpus, crop=CropConfig(min_seconds=0.5, max_seconds=4.02))
+    assert int(4.02 * 16_000) == 64_319 and data.max_samples == 64_320
+
+
 def test_units_match_the_cropped_frames(corpus):
     data = pretraining(corpus)
     for epoch in range(5):
