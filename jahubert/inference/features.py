@@ -246,9 +246,15 @@ class FeatureExtractor:
             ConfigError: `errors` is invalid.
         """
         check_many(audio, errors)
+        return self._encode_prefetched(prefetch_audio(audio, sample_rate), batch_seconds, errors)
+
+    def _encode_prefetched(
+        self, recordings: Iterable[tuple[AudioLike, Tensor | Exception]], batch_seconds: float, errors: str
+    ) -> Iterator[Tensor | Exception]:
+        """Encode the waveforms of recordings in batches. The arguments are those of `many`."""
         waiting: list[Tensor | Exception] = []
         seconds = 0.0
-        for _, wav in prefetch_audio(audio, sample_rate):
+        for _, wav in recordings:
             if isinstance(wav, Exception) and errors == "raise":
                 raise wav
             waiting.append(wav)
@@ -353,8 +359,8 @@ class UnitExtractor:
         self, audio: Iterable[AudioLike], sample_rate: int | None = None, **options: Any
     ) -> Iterator[Any]:
         """Compute the units of many recordings in order, with the arguments of `FeatureExtractor.many`."""
-        for features in self.features.many(audio, sample_rate, **options):
-            yield features if isinstance(features, Exception) else self.nearest(features)
+        results = self.features.many(audio, sample_rate, **options)
+        return (result if isinstance(result, Exception) else self.nearest(result) for result in results)
 
     def nearest(self, frames_SD: Tensor) -> Tensor:
         """Return the index of the nearest centroid of each frame, int64 (S,), on the CPU.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -352,13 +352,24 @@ class Transcriber:
             ConfigError: `errors` is invalid.
         """
         check_many(audio, errors)
-        batch: list[tuple[str, Tensor]] = []
         recordings = read_ahead(
             lambda item: self._open(item, sample_rate),
             audio,
             PREFETCH,
             lambda opened: 0 if isinstance(opened, Exception) else opened.n_samples,
         )
+        return self._transcribe_opened(recordings, batch_seconds, errors, progress, on_segment)
+
+    def _transcribe_opened(
+        self,
+        recordings: Generator[tuple[AudioLike, _Short | _Long | Exception], None, None],
+        batch_seconds: float,
+        errors: str,
+        progress: Progress | None,
+        on_segment: Callable[[TranscriptSegment], None] | None,
+    ) -> Iterator[Transcript | Exception]:
+        """Transcribe opened recordings, in order. The arguments are those of `transcribe_many`."""
+        batch: list[tuple[str, Tensor]] = []
         with closing(recordings):
             for item, opened in recordings:
                 if isinstance(opened, _Short):
