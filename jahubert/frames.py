@@ -84,3 +84,19 @@ class FrameGrid:
 
 HUBERT = FrameGrid(window=400, hop=320)
 MFCC = FrameGrid(window=400, hop=160)
+
+
+def check_hubert_grid(grid: FrameGrid, name: str) -> None:
+    """Check that a model has HuBERT's frames, which the stages assume.
+
+    Args:
+        name: setting that selects the model, for the error message.
+
+    Raises:
+        ConfigError: the window or the hop differs.
+    """
+    if grid != HUBERT:
+        raise ConfigError(
+            f"{name}: the convolutions of the model give frames of {grid.window} samples every {grid.hop} "
+            f"samples, but must give frames of {HUBERT.window} samples every {HUBERT.hop}, as HuBERT's do"
+        )

@@ -88,6 +88,11 @@ class HubertConfig:
         return replace(cls(**_LARGE | {"width": 1280, "layers": 48, "ffn": 5120}), **changes)
 
 
+# Fields that change only the training of a network, or, in the case of normalize_eps, belong to its weights.
+TRAINING_FIELDS = (
+    "normalize_eps", "dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop",
+    "conv_grad_scale",
+)  # fmt: skip
 _CONV_FIELDS = ("conv_dims", "conv_kernels", "conv_strides")
 _LARGE: dict[str, Any] = {
     "conv_norm": "layer",

@@ -253,12 +253,17 @@ def test_changed_setting_in_a_finished_folder_is_rejected(capsys, copy):
     assert files(copy) == before
 
 
-def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy):
-    """A run fails because the model size does not match init_from, but the folder remains usable."""
+@pytest.mark.parametrize("change", ["ffn=32", "heads=1", "pre_norm=true", "normalize=true", "norm_eps=1e-3"])
+def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy, change):
+    """A run fails because the model differs from that of init_from, but the folder remains usable.
+
+    Most of these settings do not change the shape of any weight.
+    """
     other = (copy / "iter1/pretrain/bundle").rename(copy / "other")
     shutil.rmtree(copy / "iter1/pretrain")
-    wrong = f"pretrain.init_from={other}", "model.ffn=32"
-    assert "pretrain.init_from" in rejected(capsys, copy, "pretrain", *wrong)
+    wrong = f"pretrain.init_from={other}", f"model.{change}"
+    message = rejected(capsys, copy, "pretrain", *wrong)
+    assert "pretrain.init_from" in message and f"{change.partition('=')[0]} is " in message
     succeed(capsys, copy, "pretrain")
 
 

@@ -144,12 +144,17 @@ class CropConfig:
 
     def __post_init__(self) -> None:
         errors = range_errors(self, {"at least 0": ("min_seconds", "keep_in_memory_hours")})
-        if not HUBERT.n_samples(1) / SAMPLE_RATE <= self.max_seconds or self.min_seconds > self.max_seconds:
+        if not HUBERT.n_frames(self.max_samples) or self.min_seconds > self.max_seconds:
             errors.append(
                 f"max_seconds is {self.max_seconds}, but must be at least min_seconds ({self.min_seconds}) "
-                "and at least one frame (0.025 s)"
+                "and contain a frame (at least 0.04)"
             )
         raise_config_errors(errors)
+
+    @property
+    def max_samples(self) -> int:
+        """Length of the longest crop in samples, a multiple of the hop length."""
+        return HUBERT.floor(round(self.max_seconds * SAMPLE_RATE))
 
 
 class WaveformCache:
@@ -234,7 +239,7 @@ class PretrainData:
     ):
         labels.check(manifest)
         self.manifest, self.labels, self.mask, self.seed = manifest, labels, mask, seed
-        self.max_samples = HUBERT.floor(round(crop.max_seconds * SAMPLE_RATE))
+        self.max_samples = crop.max_samples
         rows = _long_enough(manifest, split, crop.min_seconds)
         n_samples = manifest.n_samples[rows]
         self.cache = WaveformCache(manifest, rows, crop.keep_in_memory_hours)
@@ -295,7 +300,7 @@ class CtcData:
         width: int,
         sizes: BatchSizes,
         seed: int,
-        keep_in_memory_hours: float = 4.0,
+        keep_in_memory_hours: float,
         augment: AugmentConfig | None = None,
     ):
         """Create a data source.

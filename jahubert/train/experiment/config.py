@@ -29,6 +29,7 @@ T = TypeVar("T")
 GroupClass = Callable[[Mapping[str, Any]], type | None]
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
+_MAX_SEED = 2**32 - 1  # larger seeds would be truncated by some of the random generators
 _MAX_DIGITS = 1_000  # no valid setting has so many; by default, Python converts at most 4,300
 _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these conditions
     "positive": lambda value: value > 0,
@@ -37,6 +38,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these c
     "at least 2": lambda value: value >= 2,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
 }
 
@@ -54,6 +56,11 @@ def model_field(default: Any = dataclasses.MISSING) -> Any:
 def split_field(default: Any) -> Any:
     """Declare a dataclass field for a split, or a tuple of splits, of the manifest in the same config."""
     return dataclasses.field(default=default, metadata={"split": True})
+
+
+def seed_field() -> Any:
+    """Declare a dataclass field for a random seed, which is 0 by default."""
+    return dataclasses.field(default=0, metadata={"seed": True})
 
 
 def config_group(group_class: GroupClass) -> Any:
@@ -189,6 +196,8 @@ def _build(tree: Any, cls: type, where: str, errors: list[str], base: Any = None
             values[name] = _group(tree.get(name), field.metadata["group"], values, prefix + name, errors)
         elif name in tree:
             values[name] = _value(tree[name], hints[name], prefix + name, errors, default)
+            if field.metadata.get("seed") and not 0 <= (values[name] or 0) <= _MAX_SEED:
+                errors.append(f"{prefix}{name} is {values[name]}, but must be from 0 to {_MAX_SEED}")
         elif base is not None:
             values[name] = default
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -266,8 +266,9 @@ def _exit_status(return_code: int, name: str) -> int:
         advice = " during startup; rerun the same command to resume"
     elif signum == signal.SIGKILL:
         advice = (
-            ", probably because the system ran out of memory: use fewer workers or processes, or "
-            "crop.keep_in_memory_hours=0, and rerun the same command to resume"
+            ", probably because the system ran out of memory: use fewer workers or processes, or set "
+            "pretrain.crop.keep_in_memory_hours=0 or finetune.keep_in_memory_hours=0, and rerun the same "
+            "command to resume"
         )
     print(f"jahubert: error: {name} was killed by {signum.name}{advice}", file=sys.stderr)
     return status

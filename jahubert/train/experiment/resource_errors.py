@@ -113,8 +113,9 @@ def report_oom(stage: str, config: Any) -> Iterator[None]:
         if match is None or not workers:
             raise
         advice = f"set {stage}.{'train.' if trained else ''}workers below {workers}"
-        if hasattr(config, "crop"):
-            advice += f" or {stage}.crop.keep_in_memory_hours=0"
+        if trained:
+            group = "crop." if hasattr(config, "crop") else ""
+            advice += f" or {stage}.{group}keep_in_memory_hours=0"
         raise JahubertError(
             f"{stage}, while {distributed.last_heartbeat().activity}: {match[0]}, probably because "
             f"the system ran out of memory: {advice}. Rerun the same command to resume"

@@ -208,6 +208,8 @@ def _typed_blocks(typed: Sequence[Override]) -> Any:
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
     for override in typed:
+        if override.key.startswith("by_iteration."):
+            _check_names({"iteration": override.key.split(".")[1]}, where="by_iteration")
         if override.key.partition(".")[0] in blocks and not override.delete:
             OmegaConf.update(blocks, override.key, override.value, force_add=True)
     return blocks
@@ -273,13 +275,22 @@ def _load_settings(file: Path) -> Any:
     return settings
 
 
-def _check_names(groups: Mapping[str, str]) -> None:
-    """Raise ConfigError if a group in conf/ has no preset with the given name."""
+def preset_names(group: str) -> list[str]:
+    """Return the names of the presets of a group in conf/."""
+    return sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
+
+
+def _check_names(groups: Mapping[str, str], where: str | None = None) -> None:
+    """Raise ConfigError if a group in conf/ has no preset with the given name.
+
+    Args:
+        where: setting that contains the name, if it is not the name of the group.
+    """
     errors = []
     for group, name in groups.items():
-        known = sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
+        known = preset_names(group)
         if name not in known:
-            errors.append(unknown_name_error(group, name, known))
+            errors.append(unknown_name_error(where or group, name, known, kind=group))
     raise_config_errors(errors)
 
 
@@ -306,3 +317,5 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
         if not is_null(tree.get(group)) and not isinstance(tree[group], Mapping):
             errors.append(f"{group}: expected a group of settings, found {quote(tree[group])}")
     raise_config_errors(errors)
+    for iteration in tree.get("by_iteration") or ():
+        _check_names({"iteration": str(iteration)}, where="by_iteration")

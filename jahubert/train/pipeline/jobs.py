@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jahubert.errors import ConfigError
 from jahubert.train.experiment.config import settings_error, structure, unknown_name_error, untyped
 from jahubert.train.experiment.registry import STAGES, Job, recipe_names, resolve, stage_folder
-from jahubert.train.pipeline.compose import compose
+from jahubert.train.pipeline.compose import compose, preset_names
 from jahubert.train.pipeline.overrides import parse_overrides
 
 PER_ITERATION = ("features", "kmeans", "label", "pretrain")
@@ -52,6 +52,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
         mistakes.insert(0, str(settings_error(list(settings))))
     if not mistakes:
         mistakes += _unused_pretrained(overrides, tree, jobs) + _unused_model(overrides, tree, jobs)
+        mistakes += _unused_iterations(overrides, tree, planned)
     if check_inputs:
         from jahubert.train.pipeline import preflight
 
@@ -83,6 +84,22 @@ def _unused_model(overrides: Sequence[str], tree: dict[str, Any], jobs: Sequence
     return [
         f"without pretraining (iterations=0), setting {', '.join(typed)} has no effect: each system has the "
         "sizes of its pretrained model"
+    ]
+
+
+def _unused_iterations(
+    overrides: Sequence[str], tree: dict[str, Any], planned: Sequence[PlannedStage]
+) -> list[str]:
+    """Return an error message per typed setting of an iteration that `stage=all` does not run."""
+    if tree["stage"] != "all":
+        return []
+    used = {str(stage.iteration) for stage in planned}
+    keys = [o.key for o in parse_overrides(overrides) if o.key.startswith("by_iteration.")]
+    return [
+        f"{key} has no effect: with iterations={tree['iterations']}, no stage of iteration "
+        f"{key.split('.')[1]} is run"
+        for key in keys
+        if key.split(".")[1] not in used
     ]
 
 
@@ -155,6 +172,12 @@ def plan_stages(tree: dict[str, Any]) -> list[PlannedStage]:
         return [PlannedStage(stage, system=system) for system in systems]
     if stage != "all":
         return [PlannedStage(stage)]
+    last = max(map(int, preset_names("iteration")))
+    if iterations >= last:
+        raise ConfigError(
+            f"iterations={iterations}: must be at most {last - 1} with stage=all, which also fits units to "
+            "the model of the last iteration"
+        )
     planned = [PlannedStage("prepare")]
     for iteration in range(1, iterations + 1):
         planned += [PlannedStage(name, iteration) for name in PER_ITERATION]

@@ -9,7 +9,7 @@ table of GPUs (`machine`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from jahubert import prefetch
 from jahubert.errors import ConfigError
+from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT
 from jahubert.model.hubert import HubertConfig
 from jahubert.train.clustering.features import Mfcc
@@ -36,9 +37,12 @@ _LONGEST_SECONDS = 30.0  # assumed length of the longest utterance in fine-tunin
 _CHECKPOINT_BYTES = 12  # size of a checkpoint per parameter
 _WEIGHT_BYTES = 4  # size of a file of weights per parameter
 _MANIFEST_BYTES = 250.0  # typical size of a manifest per utterance
-_KMEANS_START = 10  # assumed cost of finding initial centroids, in passes over the sampled frames
+# Assumed cost of finding initial centroids on a small sample, `n_init` times, in passes over all frames.
+_KMEANS_START = 10
 _GPU_COUNTS = (1, 8, 32)  # numbers of GPUs for which the total time is printed
 _TRAINING_STAGES = ("pretrain", "finetune")
+# Sizes of models whose names on the Hub contain these words.
+_SIZES = {"xlarge": HubertConfig.xlarge, "large": HubertConfig.large, "base": HubertConfig.base}
 # Numeric settings of the estimate: the maximum, and a description of valid values for error messages.
 _NUMBERS = {
     "gpus": (1e6, "a whole number of GPUs, 1 or more"),
@@ -214,7 +218,8 @@ def estimate_stages(
         elif job.stage == "pretrain":
             estimate = _pretraining(name, job.config, corpus, machine)
         elif job.stage == "finetune":
-            estimate = _finetuning(name, job.config, corpus, machine)
+            pretrained = {other.out for other in jobs if other.stage == "pretrain"}
+            estimate = _finetuning(name, job.config, pretrained, corpus, machine)
         else:
             estimate = StageEstimate(name, None, None, None, "short compared with other stages")
         estimates.append(estimate)
@@ -234,8 +239,24 @@ def _pretraining(name: str, config: Any, corpus: Corpus, machine: Machine) -> St
     return _training(name, config, corpus, machine, longest=longest, head_only_steps=0, n_weight_files=1)
 
 
-def _finetuning(name: str, config: Any, corpus: Corpus, machine: Machine) -> StageEstimate:
-    return _training(
+def _finetuning(
+    name: str, config: Any, planned: Collection[Path], corpus: Corpus, machine: Machine
+) -> StageEstimate:
+    """Estimate fine-tuning.
+
+    Args:
+        planned: folders of models that this plan pretrains, whose sizes are `config.model`.
+    """
+    source, note = config.pretrained, ""
+    if source is not None and source not in planned:
+        if source.exists():
+            config = replace(config, model=load_bundle(source).config)
+        else:  # a name on the Hub, or a model that another command pretrains
+            size = next((size for size in _SIZES if size in source.name.lower()), "")
+            if size:
+                config = replace(config, model=_SIZES[size]())
+            note = f", assuming that {source} has the sizes of {size or 'the setting model'}"
+    estimate = _training(
         name,
         config,
         corpus,
@@ -244,6 +265,7 @@ def _finetuning(name: str, config: Any, corpus: Corpus, machine: Machine) -> Sta
         head_only_steps=config.head_only_steps,
         n_weight_files=2,  # the best weights in addition to the bundle
     )
+    return replace(estimate, note=estimate.note + note)
 
 
 def _training(
@@ -363,8 +385,9 @@ def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machi
 
 def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> StageEstimate:
     _, dim = _feature_cost(features, model)
-    passes = (config.max_iter + _KMEANS_START) * config.n_init
-    flops = 2.0 * features.sample_frames * dim * config.n_clusters * passes
+    n_frames = min(features.sample_frames, config.lloyd_frames)
+    passes = config.max_iter + _KMEANS_START
+    flops = 2.0 * n_frames * dim * config.n_clusters * passes
     hours = flops / machine.flops_fp32 / machine.n_devices / 3600
     note = f"for max_iter={config.max_iter} passes"
     return StageEstimate(name, hours, 4.0 * dim * config.n_clusters, None, note)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from jahubert.errors import DataError
 from jahubert.formats.atomic import atomic_write, remove_folder
+from jahubert.frames import HUBERT
 from jahubert.model.kernels.indexing import to_device_async
 from jahubert.train.clustering.features import Feature
 from jahubert.train.clustering.frames import draw_rows
@@ -39,6 +40,7 @@ from jahubert.train.experiment.config import (
     raise_config_errors,
     range_errors,
     runtime_field,
+    seed_field,
     split_field,
 )
 from jahubert.train.experiment.progress import progress
@@ -57,7 +59,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"  # for hubert: number format of the computation
     split: str = split_field("train")  # split from which frames are sampled
     sample_frames: int = 2_000_000  # number of frames to sample; all frames if the split has fewer
-    seed: int = 0  # random seed for drawing the frames
+    seed: int = seed_field()  # random seed for drawing the frames
     device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Maximum seconds of audio per batch. A longer utterance is a batch of its own.
     batch_seconds: float = runtime_field(80.0)
@@ -88,6 +90,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     manifest = Manifest(config.manifest)
     device = distributed.process_device(config.device)
     feature = make_feature(config.kind, config.model, config.layer, device, config.precision)
+    HUBERT.hop_ratio(feature.grid)  # raises an error for features that `label` could not use
     sample = draw_sample(manifest, feature, config)
     temporary = out / "tmp_sample.npy"
     final = out / "sample.npy"

@@ -25,7 +25,7 @@ from jahubert.train.data.labels import MAX_UNITS
 from jahubert.train.data.masking import seeded_rng
 from jahubert.train.evaluation.unit_checks import OnBadUnits, check_units
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
+from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field, seed_field
 from jahubert.train.experiment.provenance import read_record
 
 VERSION = 2
@@ -43,7 +43,7 @@ class Config:
     # this size, and one mini-batch pass over all frames follows (backend torch only).
     lloyd_frames: int = 10_000_000
     held_out: float = 0.02  # fraction of the frames that are held out to evaluate the centroids
-    seed: int = 0  # random seed for held-out frames, samples and initial centroids
+    seed: int = seed_field()  # random seed for held-out frames, samples and initial centroids
     device: str = runtime_field("auto")  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
     # Whether to warn or raise an error if the clusters are used too rarely or too unevenly (see
     # jahubert/train/evaluation/unit_checks.py).

@@ -41,6 +41,7 @@ from jahubert.train.experiment.config import (
     expand_user,
     raise_config_errors,
     runtime_field,
+    seed_field,
     structure,
 )
 from jahubert.train.experiment.progress import progress
@@ -61,7 +62,7 @@ class Config:
     options: Any = config_group(
         lambda values: recipe_reader(values["recipe"], "Config") if values["recipe"] else None
     )
-    seed: int = 0  # random seed that is passed to the recipe
+    seed: int = seed_field()  # random seed that is passed to the recipe
     # Whether to decode every utterance and reject broken audio now, rather than fail during training. If all
     # audio is intact, the manifest lists the same utterances in both cases.
     check_audio: bool = runtime_field(True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.frames import SAMPLE_RATE
+from jahubert.frames import SAMPLE_RATE, check_hubert_grid
+from jahubert.model.config import TRAINING_FIELDS
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
 from jahubert.train.data.augmentation import AugmentConfig
@@ -32,7 +33,13 @@ from jahubert.train.data.labels import LabelStore
 from jahubert.train.data.manifest import Manifest
 from jahubert.train.evaluation.unit_checks import accuracy_problem
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import model_field, raise_config_errors, range_errors, split_field
+from jahubert.train.experiment.config import (
+    model_field,
+    raise_config_errors,
+    range_errors,
+    seed_field,
+    split_field,
+)
 from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.loader import seed_micro_batch, validation_batches
 from jahubert.train.trainer.losses import unit_loss
@@ -60,11 +67,18 @@ class Config:
     temperature: float = 0.1  # temperature of the cosine similarities between frames and units
     penalty_weight: float = 10.0  # weight of the feature penalty (mean square of the convolutional features)
     valid_split: str | None = split_field("dev")  # split for validation; null: no validation
-    seed: int = 0  # random seed for initial weights, batches, crops, masks, augmentation and dropout
+    # Random seed for initial weights, batches, crops, masks, augmentation and dropout.
+    seed: int = seed_field()
 
     def __post_init__(self) -> None:
         ranges = {"positive": ("temperature",), "at least 1": ("unit_dim",)}
         errors = range_errors(self, ranges | {"at least 0": ("penalty_weight",)})
+        if not self.mask.prob:
+            errors.append("mask.prob is 0, but must be positive: only masked frames are predicted")
+        try:
+            check_hubert_grid(self.model.grid, "model.conv_kernels, model.conv_strides")
+        except ConfigError as error:
+            errors.append(str(error))
         if self.train.sharded and self.model.layer_drop:
             errors.append(
                 "train.sharded=true requires model.layer_drop=0: all processes must run the same blocks"
@@ -221,16 +235,19 @@ def _data(
 
 
 def _init_from(model: HubertModel, source: Path) -> None:
-    weights, expected = load_bundle(source).model.state_dict(), model.state_dict()
-    mismatches = [
-        name for name in expected if name not in weights or weights[name].shape != expected[name].shape
+    other = load_bundle(source).model
+    differences = [
+        f"{field.name} is {getattr(other.config, field.name)}, not {getattr(model.config, field.name)}"
+        for field in fields(HubertConfig)
+        if field.name not in TRAINING_FIELDS
+        and getattr(other.config, field.name) != getattr(model.config, field.name)
     ]
-    if mismatches or len(weights) != len(expected):
+    if differences:
         raise ConfigError(
-            f"pretrain.init_from={source}: the sizes of this model differ from those in `pretrain.model` "
-            f"(first difference: {(mismatches or ['layers'])[0]}); set `pretrain.model` to the same sizes"
+            f"pretrain.init_from={source}: this model differs from `pretrain.model`: "
+            f"{'; '.join(differences)}. Set the same values in `model`"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(other.state_dict())
 
 
 def _export(

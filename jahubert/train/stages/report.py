@@ -18,7 +18,7 @@ from jahubert.errors import AudioError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.train.data.manifest import Manifest, Phone
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import raise_config_errors, range_errors
+from jahubert.train.experiment.config import raise_config_errors, range_errors, seed_field
 from jahubert.train.experiment.provenance import DONE, read_record, write_json
 from jahubert.train.report import units
 from jahubert.train.report.examples import Example, find_examples
@@ -45,7 +45,7 @@ class Config:
     # Maximum number of frames with known phones on which units of every layer are evaluated; 0: no
     # evaluation.
     layer_frames: int = 20_000
-    seed: int = 0  # random seed for drawing the frames of `layer_frames` and for clustering them
+    seed: int = seed_field()  # random seed for drawing the frames of `layer_frames` and for clustering them
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda if available, otherwise cpu
 
     def __post_init__(self) -> None:

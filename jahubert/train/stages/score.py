@@ -38,7 +38,7 @@ from jahubert.train.evaluation.scoring import (
 )
 from jahubert.train.evaluation.word_confidence import evaluate_confidence, judge_words
 from jahubert.train.experiment import distributed
-from jahubert.train.experiment.config import raise_config_errors, range_errors
+from jahubert.train.experiment.config import raise_config_errors, range_errors, seed_field
 from jahubert.train.experiment.provenance import read_record, write_json
 from jahubert.train.report.results import result_label
 
@@ -56,7 +56,7 @@ class Config:
     published: dict[str, Any] = field(default_factory=dict)
     calibration_splits: tuple[str, ...] = ()  # splits on which the word confidences are calibrated
     samples: int = 1000  # number of bootstrap samples
-    seed: int = 0  # random seed of the bootstrap
+    seed: int = seed_field()  # random seed of the bootstrap
 
     def __post_init__(self) -> None:
         raise_config_errors(range_errors(self, {"at least 1": ("samples",)}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +14,10 @@ from torch import nn
 from jahubert.errors import ConfigError
 from jahubert.model.precision import DTYPES, preferred_dtype
 from jahubert.train.data.sampler import BatchSizes, groups_per_update
+from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class TrainConfig:
             errors.append(
                 f"keep_every is {self.keep_every}, but must be a multiple of save_every ({self.save_every})"
             )
+        if self.schedule == "linear" and self.hold not in (0, TrainConfig.hold):
+            errors.append("hold has no effect with schedule=linear; remove it, or set schedule=tri_stage")
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             errors.append("warmup and hold are fractions of max_steps and must not add up to more than 1")
         if self.micro_seconds is not None and self.micro_seconds > self.batch_seconds:
@@ -109,7 +116,7 @@ class TrainConfig:
             ConfigError: there are too many processes.
         """
         sizes = self.batch_sizes
-        fewest = max(1, sizes.groups * int(sizes.group_seconds / longest))
+        fewest = max(1, sizes.groups * int(sizes.group_seconds / longest + 1e-6))  # tolerates rounding
         if processes > fewest:
             raise ConfigError(
                 f"train.batch_seconds: an update of {sizes.groups} group{'s'[: sizes.groups > 1]} of "
@@ -177,3 +184,27 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 is slower than fp32 on a CPU; use precision=fp32 or bf16")
     return DTYPES[config.precision]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return the name of an autocast dtype in settings, such as "bf16"."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def resumed_precision(dtype: torch.dtype, state: Mapping[str, Any], step: int) -> torch.dtype:
+    """Return the autocast dtype with which a run continues, which is that of its checkpoint.
+
+    With precision=auto, the machine that resumes a run may prefer another dtype than the one that started it.
+
+    Args:
+        dtype: dtype that this machine would use.
+        state: state of the checkpoint; versions before 2026-11-29 did not store the precision.
+        step: step of the checkpoint.
+    """
+    saved = DTYPES[state["precision"]] if "precision" in state else dtype
+    if saved is not dtype and distributed.rank() == 0:
+        log.warning(
+            "the run continues after step %d in %s, as it was started, although this machine would use %s",
+            step, state["precision"], precision_name(dtype),
+        )  # fmt: skip
+    return saved

@@ -50,6 +50,7 @@ def corpus(tmp_path_factory) -> tuple[Manifest, TargetStore, LabelStore]:
 def ctc(corpus, augment: AugmentConfig | None = ALL, **changes) -> CtcData:
     manifest, targets, _ = corpus
     settings = {"mask": MaskConfig(channel_prob=0.5), "width": 16, "sizes": BatchSizes(8.0), "seed": 1}
+    settings["keep_in_memory_hours"] = 4.0
     rows = np.arange(len(manifest))
     return CtcData(manifest, targets, rows, augment=augment, **{**settings, **changes})
 
@@ -166,6 +167,7 @@ def test_speed_leaves_the_frames_that_the_target_needs(tmp_path):
         width=1,
         sizes=BatchSizes(8.0),
         seed=1,
+        keep_in_memory_hours=4.0,
         augment=config,
     )
     unlimited = augmenter(config, [tone(440)] * len(rows), seed=1)

@@ -137,6 +137,7 @@ def test_fine_tuning_batches_are_padded_and_never_cropped(corpus, tmp_path):
         width=24,
         sizes=BatchSizes(20.0),
         seed=0,
+        keep_in_memory_hours=4.0,
     )
     batch = data.load(MicroBatch(0, 0, (3, 0)))
     assert batch.n_samples_B.tolist() == [64_001, 20_000] and batch.wav_BT.shape == (2, 64_001)

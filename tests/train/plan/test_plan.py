@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from jahubert.cli.main import main
+from jahubert.formats.bundle import save_bundle
 from jahubert.frames import HUBERT
 from jahubert.model import kernels
 from jahubert.model.heads import UnitHead
@@ -224,6 +225,29 @@ def test_hours_of_features_depend_on_their_precision():
         "iter2/features"
     ]
     assert emulated.hours == pytest.approx(fp32)
+
+
+def test_fine_tuning_has_the_sizes_of_the_pretrained_model(tmp_path):
+    def row(*settings):
+        return planned(["recipe=csj", "stage=finetune", "subset=core", *settings])["main/finetune"]
+
+    base, large = row("pretrained=rinna/japanese-hubert-base"), row("pretrained=facebook/hubert-large-ll60k")
+    assert large.hours > 2 * base.hours and large.memory_bytes > base.memory_bytes
+    assert "sizes of base" in base.note and "sizes of large" in large.note
+    torch.manual_seed(0)
+    small = HubertConfig(conv_dims=(8,) * 7, width=32, layers=2, heads=2, ffn=64, pos_conv_groups=2)
+    save_bundle(tmp_path / "large", model=HubertModel(small))
+    known = row(f"pretrained={tmp_path / 'large'}")
+    assert known.hours < base.hours / 10 and "assuming" not in known.note
+
+
+def test_kmeans_initializations_do_not_multiply_the_passes():
+    """They are computed on a small sample, and Lloyd's algorithm on at most `lloyd_frames` frames."""
+    hours = [
+        planned([*PAPER, *more])["iter1/kmeans"].hours
+        for more in ([], ["kmeans.n_init=9"], ["kmeans.lloyd_frames=1000"])
+    ]
+    assert hours[0] == hours[1] > 100 * hours[2]
 
 
 def hours_of(capsys, *settings):

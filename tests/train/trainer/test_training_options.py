@@ -265,6 +265,33 @@ def test_fp16_skips_overflows_and_resumes_with_its_scale(tmp_path, monkeypatch, 
     assert f"  overflows {sum(fell[:3])}  " in messages[0]
 
 
+def test_resumed_run_keeps_the_precision_in_which_it_was_started(tmp_path, monkeypatch, caplog):
+    """With precision=auto, the second part of the run may take place on a machine that prefers float32."""
+    config = replace(CONFIG, precision="auto", max_steps=6, save_every=3)
+    ends = {}
+    for name, dtypes in (("whole", [torch.bfloat16]), ("resumed", [torch.bfloat16, torch.float32])):
+        (tmp_path / name).mkdir()
+        for dtype in dtypes:
+            monkeypatch.setattr(trainer, "pick_precision", lambda config, device, dtype=dtype: dtype)
+            torch.manual_seed(0)
+            module = Toy()
+            train(module, ToyData(), config, tmp_path / name)
+            if dtype is not dtypes[-1]:
+                shutil.rmtree(tmp_path / name / "checkpoints" / "step_0000006")
+        ends[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    assert torch.equal(ends["whole"], ends["resumed"])
+    (record,) = [record for record in caplog.records if "bf16" in record.message]
+    assert record.levelname == "WARNING" and "fp32" in record.message
+
+
+def test_fewest_utterances_of_an_update_tolerate_rounding():
+    """In floating point, 14.7 / 2.1 is slightly below 7."""
+    sizes = TrainConfig(batch_seconds=14.7, groups=1)
+    sizes.check_processes(7, 2.1)
+    with pytest.raises(ConfigError):
+        sizes.check_processes(8, 2.1)
+
+
 def test_fp16_that_always_overflows_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "pick_precision", lambda config, device: torch.float16)
     module = Toy()
