@@ -8,6 +8,7 @@ import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -69,14 +70,13 @@ def load_audio(
     array, rate = _samples(source, sample_rate)
     if array is not None:
         name = "the array"
-        wav_T = _to_16k(_Mixer(name)(_array(array)), rate, name)[start:end]
+        wav_T = _to_16k(_mono(_array(array), name), rate, name)[start:end]
     else:
         with _open(source) as (name, decoders):
-            mix = _Mixer(name)
             if _reads_by_seeking(decoders):
-                wav_T = mix(decoders[0].read(start, n_samples))
+                wav_T = _mono(decoders[0].read(start, n_samples), name)
             else:
-                streams = [_to_16k(mix(d.read()), d.rate, name) for d in decoders]
+                streams = [_to_16k(_mono(d.read(), name), d.rate, name) for d in decoders]
                 wav_T = np.concatenate(streams)[start:end]
     if wav_T.size == 0 and n_samples != 0:
         position = f" from sample {start} on" if start else ""
@@ -104,13 +104,12 @@ def stream_audio(
         return
     with _open(source) as (name, decoders):
         n_read = n_samples = 0
-        mix = _Mixer(name)
         for decoder in decoders:
             resampler = None
             if decoder.rate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(decoder.rate, SAMPLE_RATE, 1, quality="HQ")
             for frames_TC in chain(decoder.blocks(max(1, round(block_seconds * decoder.rate))), [None]):
-                wav_T = np.zeros(0, np.float32) if frames_TC is None else mix(frames_TC)
+                wav_T = np.zeros(0, np.float32) if frames_TC is None else _mono(frames_TC, name)
                 _check_finite(wav_T, name, n_read)
                 n_read += len(wav_T)
                 if resampler is not None:
@@ -283,28 +282,27 @@ def _array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     return samples.T if samples.shape[0] < samples.shape[1] else samples
 
 
-class _Mixer:
-    """Mean of the channels, with one warning if channels of opposite polarity cancel each other out."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.has_warned = False
-
-    def __call__(self, frames_TC: np.ndarray) -> np.ndarray:
-        wav_T: np.ndarray
-        if frames_TC.shape[1] == 1:
-            wav_T = frames_TC[:, 0]
-            return wav_T
-        wav_T = frames_TC.mean(axis=1, dtype=np.float32)
-        if not self.has_warned and wav_T.size:
-            power = float(np.square(frames_TC).mean())
-            if power > _QUIET and float(np.square(wav_T).mean()) < _CANCELED * power:
-                log.warning(
-                    "%s: the channels cancel each other out, so their mean is almost silent; use one channel",
-                    self.name,
-                )
-                self.has_warned = True
+def _mono(frames_TC: np.ndarray, name: str) -> np.ndarray:
+    """Return the mean of the channels, with a warning if they have opposite polarity."""
+    wav_T: np.ndarray
+    if frames_TC.shape[1] == 1:
+        wav_T = frames_TC[:, 0]
         return wav_T
+    wav_T = frames_TC.mean(axis=1, dtype=np.float32)
+    if wav_T.size:
+        power = float(np.square(frames_TC).mean())
+        if power > _QUIET and float(np.square(wav_T).mean()) < _CANCELED * power:
+            _warn_about_canceling_channels(name)
+    return wav_T
+
+
+@lru_cache(maxsize=1000)  # training reads the same recordings in every epoch
+def _warn_about_canceling_channels(name: str) -> None:
+    log.warning(
+        "%s: the channels cancel each other out, so their mean is almost silent; convert the recording to "
+        "mono with one of the channels, for example with `sox IN.wav OUT.wav remix 1`",
+        name,
+    )
 
 
 def _check_finite(wav_T: np.ndarray, name: str, start: int = 0) -> None:

@@ -57,13 +57,14 @@ class _StandardInput:
 
 
 def find_inputs(
-    arguments: Sequence[str], into: str | None, endings: Sequence[str]
+    arguments: Sequence[str], into: str | None, endings: Sequence[str], *, resumes: bool = False
 ) -> tuple[list[Input], dict[str, AudioError]]:
     """Expand arguments (files, folders, patterns, `-` for standard input) into recordings.
 
     Args:
         into: output folder, or None.
         endings: suffixes of the output files for a recording.
+        resumes: whether the command continues with the files that an earlier call has written.
 
     Returns:
         The recordings, and one error for each argument that is invalid or matches no audio, and for each
@@ -95,12 +96,17 @@ def find_inputs(
         raise ConfigError("-o is empty; give a folder")
     if into is not None:
         _check_folder(Path(into), f"-o {into}")
-        _check_targets(recordings, into, endings)
+        _check_targets(recordings, into, endings, resumes)
     return recordings, empty
 
 
-def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str]) -> None:
-    """Raise ConfigError if two recordings have the same output file, or an output file is a recording."""
+def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str], resumes: bool) -> None:
+    """Check that outputs replace neither each other nor a recording or a file next to it.
+
+    Raises:
+        ConfigError: an output file belongs to two recordings, is a recording, or exists next to its
+            recording.
+    """
     owner: dict[Path, str] = {}
     labels = {os.path.realpath(item.label): item.label for item in recordings if item.label != STDIN}
     for item in recordings:
@@ -114,6 +120,12 @@ def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str
         for target in targets:
             if label := labels.get(os.path.realpath(target)):
                 raise ConfigError(f"-o {into} would overwrite the input {label}; give another folder")
+            beside = os.path.realpath(target.parent) == os.path.realpath(Path(item.label).parent)
+            if not resumes and beside and item.label != STDIN and os.path.lexists(target):
+                raise ConfigError(
+                    f"-o {into}: {target}, next to the recording, exists already and may be its reference; "
+                    "give another folder, or delete the file"
+                )
 
 
 def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:
@@ -142,6 +154,7 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
     """
     if output == "":
         raise ConfigError(f"{option} is empty; give a file")
+    _check_not_stdout(output, option)
     path, given = Path(output), f"{option} {output}"
     if path.exists() and not path.is_file():
         raise ConfigError(f"{given} is not a regular file; give another name")
@@ -153,9 +166,16 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
 
 def check_output_folder(output: str, advice: str) -> None:
     """Raise ConfigError, ending with `advice`, if a new output folder has the name of a file."""
-    suffix = Path(output).suffix.lower()
+    _check_not_stdout(output, "-o")
+    suffix = "" if output.endswith("/") else Path(output).suffix.lower()
     if suffix in FILE_SUFFIXES and not Path(output).is_dir():
         raise ConfigError(f"-o {output}: {suffix} files are not supported; {advice}")
+
+
+def _check_not_stdout(output: str, option: str) -> None:
+    """Raise ConfigError for `-`, which other tools use for standard output."""
+    if output == "-":
+        raise ConfigError(f"{option} -: give a file or folder, or omit {option} to print to standard output")
 
 
 def _check_folder(folder: Path, given: str) -> None:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from jahubert.cli.feature_files import FeatureFiles
     from jahubert.inference.features import FeatureExtractor
 
+MAX_THREADS = 1024  # maximum number of CPU threads
 MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
 
 # Modules of the extra `train`, and the packages that provide them.
@@ -162,7 +163,7 @@ def features(args: argparse.Namespace) -> int:
 
     if Path(args.output).suffix != SINGLE:
         check_output_folder(args.output, f"give a folder or a {SINGLE} file for the features")
-    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"])
+    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"], resumes=True)
     check_keys(Path(args.output), (item.base for item in inputs))
     import torch
 
@@ -378,10 +379,15 @@ def positive(text: str) -> int:
     return number
 
 
-def beam_width(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= MAX_BEAM:
-        raise argparse.ArgumentTypeError(f"beam is {text}, but must be between 1 and {MAX_BEAM}")
+def between_1_and(maximum: int) -> Callable[[str], int]:
+    """Return a function that parses a whole number from 1 to `maximum`."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not 1 <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"must be between 1 and {maximum}, but is {text}")
+        return value
+
     return number
 
 
@@ -480,7 +486,7 @@ def audio_commands(command: Command) -> None:
         help="a folder for one file per recording and format, or a file such as out.srt",
     )  # fmt: skip
     sub.add_argument(
-        "--beam", "--beam_size", "--beam-size", type=beam_width, default=20, metavar="N",
+        "--beam", "--beam_size", "--beam-size", type=between_1_and(MAX_BEAM), default=20, metavar="N",
         help=f"width of the beam search, at most {MAX_BEAM} (default: 20)",
     )  # fmt: skip
     sub.add_argument("--language", type=str.lower, choices=["ja", "japanese"], help=argparse.SUPPRESS)
@@ -507,7 +513,9 @@ def audio_commands(command: Command) -> None:
         help="calibration of confidences, fitted to the same search by the score stage (default: that of the "
         "model, if it has one, unless other options change the search)",
     )  # fmt: skip
-    sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    sub.add_argument(
+        "--threads", type=between_1_and(MAX_THREADS), metavar="N", help="CPU threads (default: all cores)"
+    )
     sub.add_argument("--phonemes", action="store_true", help="write phonemes instead of kana")
     sub.add_argument(
         "--vad", choices=["builtin", "silero", "off"], default="builtin",

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, overload
 
-from jahubert.errors import file_system_error
+from jahubert.errors import ConfigError, file_system_error
 
 if sys.platform != "win32":
     import fcntl
@@ -274,3 +274,14 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_new_folder(folder: Path) -> None:
+    """Create a folder, with its parents, for files that must not replace existing ones.
+
+    Raises:
+        ConfigError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already and is not an empty folder; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)

@@ -76,8 +76,9 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: file not found; give the calibration.json of a score stage")
+    content = read_json(path)
     try:
-        return Calibration.from_json(read_json(path))
+        return Calibration.from_json(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -74,6 +74,8 @@ class LayerFeatures(nn.Module):
                     "weight per layer"
                 )
             self.factors_L = torch.tensor([float(w) for w in weights])
+            if not self.factors_L.isfinite().all():
+                raise ConfigError(f"weights is {list(weights)}, but must consist of finite numbers")
 
     @property
     def weights_L(self) -> Tensor | None:

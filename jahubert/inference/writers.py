@@ -242,7 +242,7 @@ def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
 
 def _fits(word: Word, cue: list[Word]) -> bool:
     """Return whether a word can be appended to a cue."""
-    n_kana = sum(len(w.text) for w in cue) + len(word.text)
+    n_kana = sum(len(w.text.replace(" ", "")) for w in [*cue, word])
     pause = word.start - cue[-1].end
     length = word.end - cue[0].start
     return pause < CUE_PAUSE and length <= CUE_LENGTH and n_kana <= CUE_KANA

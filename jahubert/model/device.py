@@ -21,6 +21,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device={device}: unknown device; use auto, cpu, cuda, cuda:N or mps") from None
+    if picked.type == "meta":  # its tensors have no values
+        raise ConfigError(f"device={device} cannot compute; use auto, cpu, cuda, cuda:N or mps")
     if picked.type == "cuda":
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (picked.index or 0) >= n_gpus:

@@ -236,8 +236,16 @@ def test_status_rejects_a_folder_without_stages(tmp_path, capsys):
     ("args", "message"),
     [
         (["transcribe", "data/a.wav", "--model", "no such"], "no such"),
-        (["transcribe", "data/a.wav", "--model", "{bundle}", "--beam", "0"], "beam is 0"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--beam", "0"], "--beam"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--threads", "3000000000"], "--threads"),
         (["transcribe", "data/a.wav", "--model", "{bundle}", "--device", "teapot"], "device=teapot"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "--device", "meta"], "device=meta"),
+        (["transcribe", "data/a.wav", "--model", "{bundle}", "-o", "-"], "-o -"),
+        (["features", "data", "--model", "{bundle}", "-o", "-"], "-o -"),
+        (
+            ["features", "data", "--model", "{bundle}", "-o", "out", "--layer", "1,2", "--weights", "nan,1"],
+            "weights",
+        ),
         (["transcribe", "data", "--model", "{bundle}", "-f", "srt"], "add -o DIR"),
         (["transcribe", "data/a.wav", "--model", "{bundle}", "-f", "all"], "add -o DIR"),
         (["transcribe", "-", "-", "--model", "{bundle}"], "only once"),
@@ -760,3 +768,16 @@ def test_plan_names_the_missing_extra(package):
     code += "sys.exit(main(['plan', 'recipe=demo', 'gpu=H100']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "jahubert[train]" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_files_next_to_recordings_are_not_replaced(bundle, folder, capsys):
+    """They may be hand-written transcripts, in the layout that recipe=table reads."""
+    Path("data/a.txt").write_text("人手の書き起こし")
+    assert main(["transcribe", "data", "--model", bundle, "-o", "data"]) == 2
+    assert "data/a.txt" in capsys.readouterr().err
+    assert Path("data/a.txt").read_text() == "人手の書き起こし" and not list(Path("data/sub").glob("*.txt"))
+    for _ in range(2):  # in another folder, the results of an earlier call are replaced
+        assert main(["transcribe", "data", "--model", bundle, "-o", "out"]) == 0
+    assert main(["transcribe", "data/a.wav", "--model", bundle, "-o", "data", "-f", "json"]) == 0
+    for _ in range(2):  # features continue with the files of an earlier call
+        assert main(["features", "data", "--model", bundle, "-o", "data", "--layer", "1"]) == 0

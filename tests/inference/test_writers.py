@@ -68,6 +68,16 @@ def test_tsv_has_one_row_per_word():
     assert writers.render(spelled, "tsv").splitlines()[1].split("\t")[3:] == ["アサ", "a s a", "朝"]
 
 
+def test_cues_do_not_depend_on_the_spelling():
+    """Spaces between phones do not count as characters."""
+    words = [word("キレーダネ", "k i r e: d a n e", 0.5 * number) for number in range(8)]
+    for word_ in words:
+        assert len(word_.phonemes) > 4
+    transcript = Transcript(tuple(words), 5.0, -1.0, "a.wav")
+    kana, phonemes = (writers.render(transcript, "srt", phonemes=flag) for flag in (False, True))
+    assert kana.count("-->") == 1 and 1 <= phonemes.count("-->") <= 2
+
+
 def test_srt_is_rendered():
     assert writers.render(TRANSCRIPT, "srt") == (
         "1\n00:00:00,500 --> 00:00:01,300\nアサ ワ\n\n2\n01:01:01,000 --> 01:01:01,800\nキレー\n"

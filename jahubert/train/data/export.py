@@ -20,7 +20,7 @@ from typing import Any
 import soundfile
 
 from jahubert.errors import DataError, quote
-from jahubert.formats.atomic import atomic_path, atomic_write
+from jahubert.formats.atomic import atomic_path, atomic_write, make_new_folder
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Manifest
@@ -35,13 +35,14 @@ def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]
         kind: the format, one of kaldi, lhotse and datasets.
 
     Raises:
+        ConfigError: `folder` exists and is not empty.
         DataError: `kind` is unknown, the format cannot represent an utterance, or reading a file still fails
             after several attempts.
         AudioError: the audio of an utterance is missing or unusable.
     """
     if kind not in WRITERS:
         raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_new_folder(folder)
     counts = {}
     for split in manifest.counts["splits"]:
         rows = manifest.indices(split=split).tolist()
@@ -76,7 +77,7 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
         speaker = _kaldi_id(item.speaker or item.id, item)
         # In Kaldi, sorting by utterance id must also sort by speaker id.
         id = _kaldi_id(item.id, item)
-        id = id if id.startswith(speaker) else f"{speaker}-{id}"
+        id = id if id == speaker or id.startswith(f"{speaker}-") else f"{speaker}-{id}"
         _check_unique(id, ids, item)
         path, first, _ = _audio_file(manifest, row, target / "audio")
         recording = recordings.setdefault(path, f"rec-{len(recordings):07d}")

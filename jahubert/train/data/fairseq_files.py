@@ -22,7 +22,7 @@ import numpy as np
 from jahubert.audio import AudioSource, audio_length
 from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError, quote
-from jahubert.formats.atomic import atomic_write, remove_folder
+from jahubert.formats.atomic import atomic_write, make_new_folder, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
@@ -237,12 +237,13 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
     """Write fairseq's training files with 50 Hz units, and return the number of utterances per split.
 
     Raises:
+        ConfigError: `folder` exists and is not empty.
         DataError: the store belongs to a different manifest, or a `.tsv` file cannot represent an utterance,
             for example because the utterance is part of a recording or is inside a tar file.
         AudioError: an audio file is missing or unusable.
     """
     labels.check(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_new_folder(folder)
     root = os.path.commonpath([os.path.dirname(manifest[row].audio.path) for row in _sampled_rows(manifest)])
     counts = dict.fromkeys(manifest.counts["splits"], 0)
     with ExitStack() as files:

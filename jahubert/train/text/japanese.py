@@ -8,8 +8,8 @@ in the dictionary of pyopenjtalk-plus are corrected before, during and after the
   units, clock times, dates and fractions;
 - `user_dictionary.py` corrects single words and adds the user's own words;
 - `_fix_reading` corrects readings that depend on the context or on installed packages: 何 is read ナン before
-  counters, numbers, and particles and auxiliary verbs that start with ダ, デ, ナ, ノ or ト; 言う is read
-  ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
+  counters, numbers, and particles and auxiliary verbs that start with ダ, デ, ナ, ノ, ト or テ; 言う is
+  read ユー, as in CSJ; ユウ and ュウ become ユー and ュー.
 
 Latin letters, also those inside words, have the names used in broadcasting: エー, ケー and ジェー, because
 [ei] is read as a long vowel (NHK's committee on language, no. 1388, 2015), but エイチ, as in the name of NHK.
@@ -41,7 +41,7 @@ Feature = Mapping[str, Any]  # a morpheme in the format of pyopenjtalk.run_front
 _KANA = re.compile(r"[ァ-ヺー]")
 _NO_VOWEL = re.compile(r"[ッー]+")
 _YUU = re.compile("([ユュ])ウ")
-_NAN_BEFORE = re.compile(r"[ダデナノト]")
+_NAN_BEFORE = re.compile(r"[ダデナノトテ]")
 _LATIN = re.compile(r"[Ａ-Ｚａ-ｚ]")
 # The analyzer sometimes splits off small vowels as separate words, for example ツァ into ツ and ァ.
 _SMALL_VOWELS = "ァィゥェォぁぃぅぇぉ"

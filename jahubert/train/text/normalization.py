@@ -23,6 +23,7 @@ _SIGNS = {
         "‐": "-",
         "‑": "-",
         "№": "ナンバー",
+        "≠": "ノットイコール",
         "㈱": "株式会社",
         "㈲": "有限会社",
         "±": "プラスマイナス",
@@ -184,7 +185,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
     (
         "units",
         (
-            (r"°C", "度"),
+            (r"°C?", "度"),
             (r"(?<=\d)([md]?)[Ll](?![A-Za-z])", lambda match: f"{_PREFIXES[match[1]]}リットル"),
             (r"(?<=\d)km/h", "キロ"),
             (r"(?<=\d)h(?![A-Za-z])", "時間"),
@@ -222,7 +223,7 @@ def _simplify(char: str) -> str:
     if unicodedata.category(char)[0] in "CZ":
         return " "
     base = unicodedata.normalize("NFD", char)[0]
-    return base if base.isascii() else char
+    return base if base.isascii() and base.isalnum() else char
 
 
 def is_punctuation(symbol: str) -> bool:

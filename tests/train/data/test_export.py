@@ -13,7 +13,7 @@ import soundfile
 
 from jahubert.audio import AudioSource
 from jahubert.cli.main import main as cli
-from jahubert.errors import DataError
+from jahubert.errors import ConfigError, DataError
 from jahubert.train.data.export import export_corpus
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.experiment.registry import recipe_module
@@ -38,8 +38,8 @@ def manifest(tmp_path) -> Manifest:
     inside = AudioSource(str(tmp_path / "corpus" / "a.tar"), member.offset_data, member.size)
     words = (("ky", "o:"), ("w", "a"))
     items = [
-        Utterance("s1_b", talk, 20_000, 10_000, "s1", "今日は", words),
-        Utterance("s1_a", talk, 0, 16_000, "s1", "一つ目"),
+        Utterance("s1-b", talk, 20_000, 10_000, "s1", "今日は", words),
+        Utterance("s1-a", talk, 0, 16_000, "s1", "一つ目"),
         Utterance("w/1", word, 0, round(3 * RATE * RATE / 22_050), "s2", "語", split="eval1"),
         Utterance("t1", inside, 0, 3 * RATE, "", "中", split="eval1"),
     ]
@@ -67,9 +67,30 @@ def test_kaldi_directories_are_read_back(manifest, tmp_path):
         ("t1", 0, 3 * RATE),
     ]
     folder = tmp_path / "kaldi" / "train"
-    assert (folder / "text.phn").read_text() == "s1_b ky o: | w a\n"
-    assert (folder / "spk2utt").read_text() == "s1 s1_a s1_b\n"
-    assert [line.split()[0] for line in (folder / "segments").read_text().splitlines()] == ["s1_a", "s1_b"]
+    assert (folder / "text.phn").read_text() == "s1-b ky o: | w a\n"
+    assert (folder / "spk2utt").read_text() == "s1 s1-a s1-b\n"
+    assert [line.split()[0] for line in (folder / "segments").read_text().splitlines()] == ["s1-a", "s1-b"]
+
+
+def test_kaldi_files_are_sorted_by_speaker_too(tmp_path):
+    """Sorted by its second column, utt2spk must not change (Kaldi's validate_data_dir.sh)."""
+    soundfile.write(tmp_path / "a.wav", np.ones(4 * RATE) / 10, RATE)
+    audio = AudioSource(str(tmp_path / "a.wav"))
+    speakers = ("spk1", "spk2", "spk10", "spk1-x")
+    items = [Utterance(f"{name}_1", audio, i * RATE, RATE, name, "語") for i, name in enumerate(speakers)]
+    write_manifest(tmp_path / "m.arrow", items)
+    export_corpus(Manifest(tmp_path / "m.arrow"), tmp_path / "kaldi", "kaldi")
+    rows = [line.split() for line in (tmp_path / "kaldi/train/utt2spk").read_text().splitlines()]
+    assert len(rows) == 4 and rows == sorted(rows, key=lambda row: row[1])
+
+
+@pytest.mark.parametrize("kind", ["kaldi", "datasets"])
+def test_existing_files_are_not_replaced(manifest, tmp_path, kind):
+    """The folder of the corpus itself, for example, contains the original recordings."""
+    before = {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()}
+    with pytest.raises(ConfigError, match="corpus"):
+        export_corpus(manifest, tmp_path / "corpus", kind)
+    assert {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()} == before
 
 
 def test_damaged_manifest_is_not_exported(manifest, tmp_path, capsys):
@@ -110,9 +131,9 @@ def test_datasets_folder_has_one_file_per_utterance(manifest, tmp_path):
     lines = (tmp_path / "hf" / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     assert records[0] == {
-        "file_name": "s1_b.flac", "id": "s1_b", "text": "今日は", "phones": "ky o: | w a", "speaker": "s1",
+        "file_name": "s1-b.flac", "id": "s1-b", "text": "今日は", "phones": "ky o: | w a", "speaker": "s1",
     }  # fmt: skip
-    wav, rate = soundfile.read(tmp_path / "hf" / "train" / "s1_b.flac")
+    wav, rate = soundfile.read(tmp_path / "hf" / "train" / "s1-b.flac")
     assert rate == RATE and np.allclose(wav, manifest.load(0).numpy(), atol=1e-4)
     assert soundfile.info(tmp_path / "hf" / "eval1" / "w-1.flac").frames == manifest[2].n_samples
 
