@@ -1,4 +1,4 @@
-# The targets need make and Python 3.11 with venv and pip. They need neither a GPU nor system packages.
+# The targets need make and Python 3.11 or newer with venv and pip. They need neither a GPU nor system packages.
 #   make demo        install, then run the whole pipeline on a corpus that it synthesizes
 #   make test        install, then run the default test suite on all cores
 #   make lint        check formatting, lint rules, types, import contracts and the Dockerfile

@@ -104,8 +104,8 @@ class MissingExtraError(UserError, ImportError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(
-            f"{package} is not installed. Install the extra {extra}: "
-            f"pip install 'jahubert[{extra}]', or in a clone pip install -e '.[{extra}]'"
+            f"{package} is not installed. Install the extra {extra} in a clone of jahubert: "
+            f"pip install '.[{extra}]'"
         )
         self.package, self.extra = package, extra
 

@@ -269,7 +269,7 @@ def check_commands(folder: Path, out: Path) -> None:
     ):
         result = run(needs, cwd=out)
         checked_output(result, status=2)
-        message = f"jahubert[{extra}]" in result.stderr and "Traceback" not in result.stderr
+        message = f"[{extra}]" in result.stderr and "Traceback" not in result.stderr
         require(message, f"{' '.join(map(str, needs))} does not name the missing extra:\n{result.stderr}")
 
 

@@ -34,7 +34,7 @@ _FORMATS = (  # (offset, magic bytes, name of the format)
 _KNOWN_CONTAINERS = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"ID3")
 _TRUNCATED = re.compile(rb"prematurely|partial file|truncat", re.I)  # ffmpeg's messages about truncated files
 _SLACK_SECONDS = 0.25  # maximum number of seconds by which decoded audio may be shorter than stated
-INSTALL = "pip install 'jahubert[media]' (PyAV), or install ffmpeg"
+INSTALL = "run pip install '.[media]' in a clone of jahubert (PyAV), or install ffmpeg"
 
 
 def sniff(source: AudioBytes) -> str | None:

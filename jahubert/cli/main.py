@@ -458,7 +458,7 @@ def audio_commands(command: Command) -> None:
             "audio", nargs="+", help="audio files, folders, quoted patterns, or - for standard input"
         )
         sub.add_argument("--model", metavar="SRC", help=f"{MODEL} (default: the built-in model)")
-        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if available)")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if available)")
 
     def chunked(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -479,7 +479,7 @@ def audio_commands(command: Command) -> None:
     formats = [*writers.FORMATS, "all"]
     sub.add_argument(
         "-f", "--format", "--output_format", "--output-format", type=transcript_format, choices=formats,
-        help="output format (default: from the suffix of -o, else text)",
+        metavar="FORMAT", help=f"{', '.join(formats)} (default: from the suffix of -o, else text)",
     )  # fmt: skip
     sub.add_argument(
         "-o", "--output", "--output_dir", "--output-dir", metavar="OUT",

@@ -227,6 +227,7 @@ README_LINES = [
     for block in blocks(REPO / "README.md", "sh")
     for line in block.splitlines()
     if shlex.split(line, comments=True)[:1] in (["jahubert"], ["pip"])
+    and "--model exp/" not in line  # a model that the user trains
 ]
 
 
