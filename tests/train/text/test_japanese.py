@@ -164,7 +164,7 @@ def test_missing_package_names_the_extra(monkeypatch):
 
     text_module.openjtalk.cache_clear()
     monkeypatch.setattr(builtins, "__import__", import_without_pyopenjtalk)
-    with pytest.raises(MissingExtraError, match=r"jahubert\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[train\]"):
         text_to_words("今日")
 
 

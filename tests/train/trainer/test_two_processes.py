@@ -78,7 +78,7 @@ def train_on_one_row(out: Path) -> dict[str, Tensor]:
 def test_missing_fairseq2_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "fairseq2", None)  # simulates a missing package
     monkeypatch.delitem(sys.modules, "jahubert.train.trainer.fairseq2", raising=False)
-    with pytest.raises(MissingExtraError, match=r"pip install 'jahubert\[fairseq2\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[fairseq2\]'"):
         resolve("fairseq2", ENGINES, "engine")
 
 
