@@ -272,9 +272,9 @@ def test_compilations_are_logged(corpus, tmp_path, flash, counter, caplog):
     assert not any("compile=true" in record.message for record in caplog.records)
 
 
-def test_blocks_that_run_uncompiled_cause_a_warning(corpus, tmp_path, counter, caplog, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)  # pytest's monkeypatch would remove the option afterwards
+def test_blocks_that_run_uncompiled_cause_a_warning(corpus, tmp_path, counter, caplog):
     """In float32 on a CPU, the sizes of a block differ between micro-batches."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     config = replace(CONFIG, batch_seconds=24.0, groups=2, micro_seconds=3.0, compile=True, log_every=1)
     data = noise_pretraining(corpus, 3.0, config.batch_sizes.one_shape)
     train(pretrainer(), data, config, tmp_path)
