@@ -11,6 +11,7 @@ from fixtures import FIXTURES
 
 from jahubert import run
 from jahubert.errors import ConfigError
+from jahubert.model.hubert import HubertConfig
 from jahubert.train.experiment.config import result_fields
 from jahubert.train.pipeline import multirun
 from jahubert.train.pipeline.compose import compose
@@ -98,6 +99,12 @@ def test_settings_of_one_iteration_or_system_take_effect():
     assert kmeans[0] == 5 and 5 not in kmeans[1:]
     fractions = {job.out.parent.name: job.config.fraction for job in jobs if job.stage == "finetune"}
     assert fractions == {"pretrained": 0.3, "scratch": 0.3, "second": 0.5}
+
+
+@pytest.mark.parametrize("size", ["base", "large", "xlarge"])
+def test_sizes_in_conf_are_those_of_the_python_interface(size):
+    (job,) = configure_jobs(["recipe=reazonspeech", "data=/c", "stage=pretrain", f"model={size}"])
+    assert job.config.model == getattr(HubertConfig, size)()
 
 
 TYPOS = [
