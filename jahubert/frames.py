@@ -86,17 +86,21 @@ HUBERT = FrameGrid(window=400, hop=320)
 MFCC = FrameGrid(window=400, hop=160)
 
 
-def check_hubert_grid(grid: FrameGrid, name: str) -> None:
-    """Check that a model has HuBERT's frames, which the stages assume.
+def hubert_grid_errors(grid: FrameGrid, name: str) -> list[str]:
+    """Return an error message, or none, if the frames of a model are not HuBERT's, which the stages assume.
 
     Args:
-        name: setting that selects the model, for the error message.
-
-    Raises:
-        ConfigError: the window or the hop differs.
+        name: setting that selects the model, for the message.
     """
-    if grid != HUBERT:
-        raise ConfigError(
-            f"{name}: the convolutions of the model give frames of {grid.window} samples every {grid.hop} "
-            f"samples, but must give frames of {HUBERT.window} samples every {HUBERT.hop}, as HuBERT's do"
-        )
+    if grid == HUBERT:
+        return []
+    return [
+        f"{name}: the convolutions give frames of {grid.window} samples every {grid.hop} samples, but must "
+        f"give frames of {HUBERT.window} samples every {HUBERT.hop}, as HuBERT's do"
+    ]
+
+
+def check_hubert_grid(grid: FrameGrid, name: str) -> None:
+    """Raise ConfigError with the message of `hubert_grid_errors`, if there is one."""
+    for message in hubert_grid_errors(grid, name):
+        raise ConfigError(message)

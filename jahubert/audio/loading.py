@@ -8,7 +8,6 @@ import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -36,6 +35,8 @@ AudioLike = (
     | tuple[float, Any]
     | Mapping[str, Any]
 )
+_UNNAMED = ("the array", "the stream")  # names of arrays and of streams without a name
+_canceling: set[str] = set()  # names of recordings for which a warning was logged
 _QUIET = 1e-6  # mean power (-60 dBFS) below which channels may contain only noise
 _CANCELED = 1e-3  # power of the mean of canceling channels, relative to that of the channels
 _EXPECTED = (
@@ -289,14 +290,19 @@ def _mono(frames_TC: np.ndarray, name: str) -> np.ndarray:
         wav_T = frames_TC[:, 0]
         return wav_T
     wav_T = frames_TC.mean(axis=1, dtype=np.float32)
-    if wav_T.size:
-        power = float(np.square(frames_TC).mean())
-        if power > _QUIET and float(np.square(wav_T).mean()) < _CANCELED * power:
-            _warn_about_canceling_channels(name)
+    power = _mean_square(frames_TC)
+    if power > _QUIET and _mean_square(wav_T[:, None]) < _CANCELED * power and name not in _canceling:
+        if name not in _UNNAMED:  # training reads the same recordings in every epoch
+            _canceling.add(name)
+        _warn_about_canceling_channels(name)
     return wav_T
 
 
-@lru_cache(maxsize=1000)  # training reads the same recordings in every epoch
+def _mean_square(frames_TC: np.ndarray) -> float:
+    """Return the mean square, without a copy of the frames."""
+    return float(np.einsum("tc,tc->", frames_TC, frames_TC, dtype=np.float64)) / max(1, frames_TC.size)
+
+
 def _warn_about_canceling_channels(name: str) -> None:
     log.warning(
         "%s: the channels cancel each other out, so their mean is almost silent; convert the recording to "

@@ -57,14 +57,14 @@ class _StandardInput:
 
 
 def find_inputs(
-    arguments: Sequence[str], into: str | None, endings: Sequence[str], *, resumes: bool = False
+    arguments: Sequence[str], into: str | None, endings: Sequence[str], *, overwrite: bool
 ) -> tuple[list[Input], dict[str, AudioError]]:
     """Expand arguments (files, folders, patterns, `-` for standard input) into recordings.
 
     Args:
         into: output folder, or None.
         endings: suffixes of the output files for a recording.
-        resumes: whether the command continues with the files that an earlier call has written.
+        overwrite: whether output files may replace files next to the recordings.
 
     Returns:
         The recordings, and one error for each argument that is invalid or matches no audio, and for each
@@ -96,11 +96,11 @@ def find_inputs(
         raise ConfigError("-o is empty; give a folder")
     if into is not None:
         _check_folder(Path(into), f"-o {into}")
-        _check_targets(recordings, into, endings, resumes)
+        _check_targets(recordings, into, endings, overwrite)
     return recordings, empty
 
 
-def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str], resumes: bool) -> None:
+def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str], overwrite: bool) -> None:
     """Check that outputs replace neither each other nor a recording or a file next to it.
 
     Raises:
@@ -121,10 +121,10 @@ def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str
             if label := labels.get(os.path.realpath(target)):
                 raise ConfigError(f"-o {into} would overwrite the input {label}; give another folder")
             beside = os.path.realpath(target.parent) == os.path.realpath(Path(item.label).parent)
-            if not resumes and beside and item.label != STDIN and os.path.lexists(target):
+            if not overwrite and beside and item.label != STDIN and os.path.lexists(target):
                 raise ConfigError(
-                    f"-o {into}: {target}, next to the recording, exists already and may be its reference; "
-                    "give another folder, or delete the file"
+                    f"-o {into} would replace {target}, which is next to the recording and may belong to it; "
+                    "give another folder, or add --overwrite"
                 )
 
 
@@ -167,7 +167,7 @@ def check_output_file(output: str, inputs: Sequence[str], option: str = "-o") ->
 def check_output_folder(output: str, advice: str) -> None:
     """Raise ConfigError, ending with `advice`, if a new output folder has the name of a file."""
     _check_not_stdout(output, "-o")
-    suffix = "" if output.endswith("/") else Path(output).suffix.lower()
+    suffix = "" if output.endswith(("/", os.sep)) else Path(output).suffix.lower()
     if suffix in FILE_SUFFIXES and not Path(output).is_dir():
         raise ConfigError(f"-o {output}: {suffix} files are not supported; {advice}")
 
@@ -175,7 +175,9 @@ def check_output_folder(output: str, advice: str) -> None:
 def _check_not_stdout(output: str, option: str) -> None:
     """Raise ConfigError for `-`, which other tools use for standard output."""
     if output == "-":
-        raise ConfigError(f"{option} -: give a file or folder, or omit {option} to print to standard output")
+        raise ConfigError(
+            f"{option} - is not supported; give a file or folder (without -o, transcribe and units print)"
+        )
 
 
 def _check_folder(folder: Path, given: str) -> None:

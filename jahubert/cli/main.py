@@ -97,7 +97,7 @@ def transcribe(args: argparse.Namespace) -> int:
         if file == "":
             raise ConfigError(f"{option} is empty; give a file")
     output = parse_output(args)
-    inputs, empty = find_inputs(args.audio, output.folder, output.endings)
+    inputs, empty = find_inputs(args.audio, output.folder, output.endings, overwrite=args.overwrite)
     import torch
 
     from jahubert.inference.confidence import read_calibration
@@ -163,7 +163,7 @@ def features(args: argparse.Namespace) -> int:
 
     if Path(args.output).suffix != SINGLE:
         check_output_folder(args.output, f"give a folder or a {SINGLE} file for the features")
-    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"], resumes=True)
+    inputs, empty = find_inputs(args.audio, str(parts_folder(Path(args.output))), [".npy"], overwrite=True)
     check_keys(Path(args.output), (item.base for item in inputs))
     import torch
 
@@ -216,7 +216,7 @@ def compute_features(
 def units(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output_folder(args.output, "give a folder for the units")
-    inputs, empty = find_inputs(args.audio, args.output, [".npy"])
+    inputs, empty = find_inputs(args.audio, args.output, [".npy"], overwrite=args.overwrite)
     named = needs_names(args.audio)
     from jahubert.cli.feature_files import RECORD, save_array
     from jahubert.inference.features import UnitExtractor
@@ -466,6 +466,11 @@ def audio_commands(command: Command) -> None:
             help="encode longer recordings in overlapping chunks to limit memory (default: no chunks)",
         )  # fmt: skip
 
+    def overwrites(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--overwrite", action="store_true", help="let -o replace files next to the recordings"
+        )
+
     def dtype(sub: argparse.ArgumentParser, default: str, *more: str) -> None:
         names = [*dict.fromkeys([default, "float32", "bfloat16", "float16", *more])]
         auto = "auto, bfloat16 where the device is faster with it" if default == "auto" else default
@@ -485,6 +490,7 @@ def audio_commands(command: Command) -> None:
         "-o", "--output", "--output_dir", "--output-dir", metavar="OUT",
         help="a folder for one file per recording and format, or a file such as out.srt",
     )  # fmt: skip
+    overwrites(sub)
     sub.add_argument(
         "--beam", "--beam_size", "--beam-size", type=between_1_and(MAX_BEAM), default=20, metavar="N",
         help=f"width of the beam search, at most {MAX_BEAM} (default: 20)",
@@ -551,6 +557,7 @@ def audio_commands(command: Command) -> None:
     audio(sub)
     sub.add_argument("-o", "--output", metavar="DIR", help="write one int64 .npy file per recording instead")
     sub.add_argument("--unique", action="store_true", help="merge consecutive equal units")
+    overwrites(sub)
     chunked(sub)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def output_format(output: str | None, format: str | None) -> tuple[str, bool]:
     Raises:
         ConfigError: the suffix contradicts `format`.
     """
-    if output is None or output.endswith("/") or Path(output).is_dir():
+    if output is None or output.endswith(("/", os.sep)) or Path(output).is_dir():
         return format or "text", False
     suffixes = {suffix.lower(): name for name, (suffix, _) in writers.FORMATS.items()}
     matches = [suffix for suffix in suffixes if output.lower().endswith(suffix)]

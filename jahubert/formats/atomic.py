@@ -276,8 +276,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_new_folder(folder: Path) -> None:
-    """Create a folder, with its parents, for files that must not replace existing ones.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create a folder for the files that the `with` block writes, and remove the folder if the block fails.
+
+    Unlike with `atomic_folder`, files may contain the path of the folder.
 
     Raises:
         ConfigError: the folder exists and is not empty.
@@ -285,3 +288,8 @@ def make_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already and is not an empty folder; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

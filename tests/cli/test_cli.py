@@ -776,6 +776,8 @@ def test_files_next_to_recordings_are_not_replaced(bundle, folder, capsys):
     assert main(["transcribe", "data", "--model", bundle, "-o", "data"]) == 2
     assert "data/a.txt" in capsys.readouterr().err
     assert Path("data/a.txt").read_text() == "人手の書き起こし" and not list(Path("data/sub").glob("*.txt"))
+    assert main(["transcribe", "data", "--model", bundle, "-o", "data", "--overwrite"]) == 0
+    assert Path("data/a.txt").read_text() != "人手の書き起こし"
     for _ in range(2):  # in another folder, the results of an earlier call are replaced
         assert main(["transcribe", "data", "--model", bundle, "-o", "out"]) == 0
     assert main(["transcribe", "data/a.wav", "--model", bundle, "-o", "data", "-f", "json"]) == 0

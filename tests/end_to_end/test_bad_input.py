@@ -264,7 +264,7 @@ def test_failed_run_does_not_bind_the_folder_to_its_settings(capsys, copy, chang
     wrong = f"pretrain.init_from={other}", f"model.{change}"
     message = rejected(capsys, copy, "pretrain", *wrong)
     assert "pretrain.init_from" in message and f"{change.partition('=')[0]} is " in message
-    succeed(capsys, copy, "pretrain")
+    succeed(capsys, copy, "pretrain", f"pretrain.init_from={other}")
 
 
 def test_damaged_record_is_named(capsys, copy):

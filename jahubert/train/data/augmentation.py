@@ -76,11 +76,6 @@ class AugmentConfig:
         )
         if not errors and self.band_low_hz[1] >= self.band_high_hz[0]:
             errors.append(f"band_low_hz={self.band_low_hz} must be below band_high_hz={self.band_high_hz}")
-        for field in fields(self):
-            effect = field.name.partition("_")[0]
-            share = f"{effect}_prob"
-            if not getattr(self, share) and getattr(self, field.name) not in (field.default, 0.0):
-                errors.append(f"{field.name} has no effect with {share}=0; set {share}, or remove it")
         raise_config_errors(errors)
 
     @property

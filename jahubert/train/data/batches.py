@@ -154,7 +154,7 @@ class CropConfig:
     @property
     def max_samples(self) -> int:
         """Length of the longest crop in samples, a multiple of the hop length."""
-        return HUBERT.floor(round(self.max_seconds * SAMPLE_RATE))
+        return HUBERT.floor(round(min(self.max_seconds, 1e9) * SAMPLE_RATE))
 
 
 class WaveformCache:

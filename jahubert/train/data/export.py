@@ -20,7 +20,7 @@ from typing import Any
 import soundfile
 
 from jahubert.errors import DataError, quote
-from jahubert.formats.atomic import atomic_path, atomic_write, make_new_folder
+from jahubert.formats.atomic import atomic_path, atomic_write, new_folder
 from jahubert.frames import SAMPLE_RATE
 from jahubert.train.data.flac import write_flac
 from jahubert.train.data.manifest import Manifest
@@ -42,12 +42,12 @@ def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]
     """
     if kind not in WRITERS:
         raise DataError(f"unknown corpus format {kind}; expected one of {', '.join(WRITERS)}")
-    make_new_folder(folder)
     counts = {}
-    for split in manifest.counts["splits"]:
-        rows = manifest.indices(split=split).tolist()
-        WRITERS[kind](manifest, rows, folder, split)
-        counts[split] = len(rows)
+    with new_folder(folder):
+        for split in manifest.counts["splits"]:
+            rows = manifest.indices(split=split).tolist()
+            WRITERS[kind](manifest, rows, folder, split)
+            counts[split] = len(rows)
     return counts
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jahubert.audio import AudioSource, audio_length
 from jahubert.audio.search import is_sidecar
 from jahubert.errors import DataError, quote
-from jahubert.formats.atomic import atomic_write, make_new_folder, remove_folder
+from jahubert.formats.atomic import atomic_write, new_folder, remove_folder
 from jahubert.frames import HUBERT, MFCC, FrameGrid
 from jahubert.train.data.labels import LabelHeader, LabelStore, LabelWriter
 from jahubert.train.data.manifest import Manifest, Utterance
@@ -243,10 +243,9 @@ def export(manifest: Manifest, labels: LabelStore, folder: Path) -> dict[str, in
         AudioError: an audio file is missing or unusable.
     """
     labels.check(manifest)
-    make_new_folder(folder)
     root = os.path.commonpath([os.path.dirname(manifest[row].audio.path) for row in _sampled_rows(manifest)])
     counts = dict.fromkeys(manifest.counts["splits"], 0)
-    with ExitStack() as files:
+    with new_folder(folder), ExitStack() as files:
         dictionary = files.enter_context(atomic_write(folder / DICT))
         dictionary.writelines(f"{unit} 1\n" for unit in range(labels.header.n_units))
         tsv, km = (

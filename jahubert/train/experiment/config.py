@@ -38,7 +38,6 @@ _RANGES: dict[str, Callable[[float], bool]] = {  # NaN satisfies none of these c
     "at least 2": lambda value: value >= 2,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
-    "in (0, 1)": lambda value: 0 < value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
         mistakes.insert(0, str(settings_error(list(settings))))
     if not mistakes:
         mistakes += _unused_pretrained(overrides, tree, jobs) + _unused_model(overrides, tree, jobs)
-        mistakes += _unused_iterations(overrides, tree, planned)
+        mistakes += _unused_iterations(overrides, tree, planned) + _unused_in_training(overrides, jobs)
     if check_inputs:
         from jahubert.train.pipeline import preflight
 
@@ -93,14 +93,46 @@ def _unused_iterations(
     """Return an error message per typed setting of an iteration that `stage=all` does not run."""
     if tree["stage"] != "all":
         return []
-    used = {str(stage.iteration) for stage in planned}
-    keys = [o.key for o in parse_overrides(overrides) if o.key.startswith("by_iteration.")]
-    return [
-        f"{key} has no effect: with iterations={tree['iterations']}, no stage of iteration "
-        f"{key.split('.')[1]} is run"
-        for key in keys
-        if key.split(".")[1] not in used
+    used = {(str(stage.iteration), stage.stage) for stage in planned}
+    settings = [
+        (iteration, stage)
+        for override in parse_overrides(overrides)
+        if override.key.partition(".")[0] == "by_iteration" and not override.delete
+        for iteration, stage in _iteration_stages(override.key.split(".")[1:], override.value)
     ]
+    return [
+        f"by_iteration.{iteration}.{stage} has no effect: with iterations={tree['iterations']}, stage=all "
+        "does not run this stage in this iteration"
+        for iteration, stage in settings
+        if stage in PER_ITERATION and (iteration, stage) not in used
+    ]
+
+
+def _iteration_stages(path: Sequence[str], value: Any) -> list[tuple[str, str]]:
+    """Return the pairs of iteration and stage that a value below `by_iteration` sets."""
+    if len(path) >= 2:
+        return [(path[0], path[1])]
+    groups = value.items() if isinstance(value, Mapping) else ()
+    return [pair for name, inner in groups for pair in _iteration_stages([*path, str(name)], inner)]
+
+
+def _unused_in_training(overrides: Sequence[str], jobs: Sequence[Job]) -> list[str]:
+    """Return an error message per typed setting that no training stage uses with its other settings."""
+    typed = {override.key for override in parse_overrides(overrides)}
+    mistakes = []
+    for stage in ("pretrain", "finetune"):
+        configs = [job.config for job in jobs if job.stage == stage]
+        hold = f"{stage}.train.hold"
+        if hold in typed and configs and all(config.train.schedule == "linear" for config in configs):
+            mistakes.append(f"{hold} has no effect with {stage}.train.schedule=linear; set tri_stage")
+        for key in sorted(typed):
+            if not key.startswith(f"{stage}.augment.") or key.endswith("_prob"):
+                continue
+            name = f"{key.rpartition('.')[2].partition('_')[0]}_prob"
+            share = f"{stage}.augment.{name}"
+            if share not in typed and configs and not any(getattr(c.augment, name, 1.0) for c in configs):
+                mistakes.append(f"{key} has no effect, because {share} is 0; set {share}, for example to 0.3")
+    return mistakes
 
 
 def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:

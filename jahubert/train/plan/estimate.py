@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jahubert import prefetch
-from jahubert.errors import ConfigError
+from jahubert.errors import CheckpointError, ConfigError
 from jahubert.formats.bundle import load_bundle
 from jahubert.frames import HUBERT
 from jahubert.model.hubert import HubertConfig
@@ -239,6 +241,18 @@ def _pretraining(name: str, config: Any, corpus: Corpus, machine: Machine) -> St
     return _training(name, config, corpus, machine, longest=longest, head_only_steps=0, n_weight_files=1)
 
 
+@lru_cache(maxsize=16)
+def _pretrained_sizes(source: Path, default: HubertConfig) -> tuple[HubertConfig, str]:
+    """Return the sizes of a pretrained model and, if they are assumed, a note."""
+    if source.exists():
+        with suppress(CheckpointError):  # pretraining has not finished
+            return load_bundle(source).config, ""
+    for size, config in _SIZES.items():
+        if size in source.name.lower():
+            return config(), f", assuming that {source} has the sizes of {size}"
+    return default, f", assuming that {source} has the sizes in `model`"
+
+
 def _finetuning(
     name: str, config: Any, planned: Collection[Path], corpus: Corpus, machine: Machine
 ) -> StageEstimate:
@@ -247,18 +261,12 @@ def _finetuning(
     Args:
         planned: folders of models that this plan pretrains, whose sizes are `config.model`.
     """
-    source, note = config.pretrained, ""
-    if source is not None and source not in planned:
-        if source.exists():
-            config = replace(config, model=load_bundle(source).config)
-        else:  # a name on the Hub, or a model that another command pretrains
-            size = next((size for size in _SIZES if size in source.name.lower()), "")
-            if size:
-                config = replace(config, model=_SIZES[size]())
-            note = f", assuming that {source} has the sizes of {size or 'the setting model'}"
+    model, note = config.model, ""
+    if config.pretrained is not None and config.pretrained not in planned:
+        model, note = _pretrained_sizes(config.pretrained, model)
     estimate = _training(
         name,
-        config,
+        replace(config, model=model),
         corpus,
         machine,
         longest=_LONGEST_SECONDS,
@@ -385,9 +393,13 @@ def _features(name: str, config: Any, model: HubertConfig, corpus: Corpus, machi
 
 def _kmeans(name: str, config: Any, features: Any, model: HubertConfig, machine: Machine) -> StageEstimate:
     _, dim = _feature_cost(features, model)
-    n_frames = min(features.sample_frames, config.lloyd_frames)
-    passes = config.max_iter + _KMEANS_START
-    flops = 2.0 * n_frames * dim * config.n_clusters * passes
+    n_frames = all_frames = features.sample_frames
+    if config.backend == "torch":
+        n_frames = min(n_frames, config.lloyd_frames)
+    n_distances = n_frames * (config.max_iter + _KMEANS_START)
+    if n_frames < all_frames:  # a mini-batch pass and an assignment
+        n_distances += 2 * all_frames
+    flops = 2.0 * n_distances * dim * config.n_clusters
     hours = flops / machine.flops_fp32 / machine.n_devices / 3600
     note = f"for max_iter={config.max_iter} passes"
     return StageEstimate(name, hours, 4.0 * dim * config.n_clusters, None, note)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from jahubert.errors import DataError
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.frames import SAMPLE_RATE, check_hubert_grid
+from jahubert.frames import SAMPLE_RATE, check_hubert_grid, hubert_grid_errors
 from jahubert.inference.ctc import greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
@@ -47,7 +47,7 @@ from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.loader import validation_batches
 from jahubert.train.trainer.losses import ctc_loss
 from jahubert.train.trainer.micro_batch import with_micro_seconds
-from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.optim import TrainConfig, with_precision
 from jahubert.train.trainer.trainer import Loss
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ class Config:
                 "(rinna/japanese-hubert-base), a folder (exp/NAME/iter2/pretrain) or a model file. To train "
                 "from scratch, set freeze_conv=false"
             )
+        if self.pretrained is None:
+            errors += hubert_grid_errors(self.model.grid, "model")
         if not 0 <= self.head_only_steps < self.train.max_steps:
             errors.append(
                 f"head_only_steps is {self.head_only_steps}, but must be at least 0 and less than "
@@ -192,7 +194,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )
     max_lengths = config.augment.max_lengths(manifest.n_samples[rows])
     longest = int(max(max_lengths.max(), manifest.n_samples[dev_rows].max(initial=0)))
-    train_config = with_micro_seconds(config.train, module.ctc.config, longest / SAMPLE_RATE)
+    train_config = with_precision(config.train, out)
+    train_config = with_micro_seconds(train_config, module.ctc.config, longest / SAMPLE_RATE)
     sizes: dict[str, Any] = {
         "width": module.ctc.config.width,
         "sizes": train_config.batch_sizes,
@@ -266,7 +269,6 @@ def build_model(config: Config, n_symbols: int) -> HubertForCtc:
     """Create a model with the pretrained or a new encoder, a new head, and the dropout for fine-tuning."""
     changes = {name: getattr(config, name) for name in _DROPPED}
     if config.pretrained is None:
-        check_hubert_grid(config.model.grid, "model.conv_kernels, model.conv_strides")
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
     bundle = load_bundle(config.pretrained)
     check_hubert_grid(bundle.config.grid, f"finetune.pretrained={config.pretrained}")

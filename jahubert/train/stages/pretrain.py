@@ -23,7 +23,7 @@ from torch import nn
 
 from jahubert.errors import ConfigError
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.frames import SAMPLE_RATE, check_hubert_grid
+from jahubert.frames import SAMPLE_RATE, hubert_grid_errors
 from jahubert.model.config import TRAINING_FIELDS
 from jahubert.model.heads import UnitHead
 from jahubert.model.hubert import HubertConfig, HubertModel
@@ -44,7 +44,7 @@ from jahubert.train.experiment.registry import ENGINES, resolve
 from jahubert.train.trainer.loader import seed_micro_batch, validation_batches
 from jahubert.train.trainer.losses import unit_loss
 from jahubert.train.trainer.micro_batch import with_micro_seconds
-from jahubert.train.trainer.optim import TrainConfig
+from jahubert.train.trainer.optim import TrainConfig, with_precision
 from jahubert.train.trainer.trainer import Loss
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,7 @@ class Config:
         errors = range_errors(self, ranges | {"at least 0": ("penalty_weight",)})
         if not self.mask.prob:
             errors.append("mask.prob is 0, but must be positive: only masked frames are predicted")
-        try:
-            check_hubert_grid(self.model.grid, "model.conv_kernels, model.conv_strides")
-        except ConfigError as error:
-            errors.append(str(error))
+        errors += hubert_grid_errors(self.model.grid, "model")
         if self.train.sharded and self.model.layer_drop:
             errors.append(
                 "train.sharded=true requires model.layer_drop=0: all processes must run the same blocks"
@@ -156,22 +153,27 @@ class Pretrainer(nn.Module):
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     manifest, labels = Manifest(config.manifest), LabelStore(config.labels)
-    config = replace(config, train=with_micro_seconds(config.train, config.model, config.crop.max_seconds))
+    train_config = with_precision(config.train, out)
+    config = replace(config, train=with_micro_seconds(train_config, config.model, config.crop.max_seconds))
     data = _data(config, manifest, labels, "train", config.augment)
     valid = None
     if config.valid_split is not None:
         valid = _data(config, manifest, labels, config.valid_split)
+    initial, model = None, config.model
+    if config.init_from is not None:
+        initial = _initial_model(config)
+        model = replace(model, normalize_eps=initial.config.normalize_eps)
     torch.manual_seed(config.seed)
     module = Pretrainer(
-        config.model,
+        model,
         labels.header.n_units,
         unit_dim=config.unit_dim,
         temperature=config.temperature,
         penalty=config.penalty_weight,
         seed=config.seed,
     )
-    if config.init_from is not None:
-        _init_from(module.hubert, config.init_from)
+    if initial is not None:
+        module.hubert.load_state_dict(initial.state_dict())
     train = resolve(config.train.engine, ENGINES, "pretrain.train.engine")
 
     def checked(metrics: dict[str, float]) -> dict[str, float]:
@@ -234,20 +236,21 @@ def _data(
     )
 
 
-def _init_from(model: HubertModel, source: Path) -> None:
-    other = load_bundle(source).model
+def _initial_model(config: Config) -> HubertModel:
+    """Load the model `init_from`, and check that it has the sizes in `model`."""
+    initial = load_bundle(config.init_from).model
     differences = [
-        f"{field.name} is {getattr(other.config, field.name)}, not {getattr(model.config, field.name)}"
+        f"{field.name} is {found}, not {expected}"
         for field in fields(HubertConfig)
         if field.name not in TRAINING_FIELDS
-        and getattr(other.config, field.name) != getattr(model.config, field.name)
+        and (found := getattr(initial.config, field.name)) != (expected := getattr(config.model, field.name))
     ]
     if differences:
         raise ConfigError(
-            f"pretrain.init_from={source}: this model differs from `pretrain.model`: "
+            f"pretrain.init_from={config.init_from}: this model differs from `pretrain.model`: "
             f"{'; '.join(differences)}. Set the same values in `model`"
         )
-    model.load_state_dict(other.state_dict())
+    return initial
 
 
 def _export(

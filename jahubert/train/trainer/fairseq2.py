@@ -45,14 +45,7 @@ from jahubert.train.trainer.loader import (
     seed_micro_batch,
 )
 from jahubert.train.trainer.metric_log import MetricLog, Window
-from jahubert.train.trainer.optim import (
-    TrainConfig,
-    build_optimizer,
-    lr_at,
-    pick_precision,
-    precision_name,
-    resumed_precision,
-)
+from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
 from jahubert.train.trainer.parallel import finds_unused_parameters, wrap_blocks
 from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_signals
 from jahubert.train.trainer.trainer import (
@@ -175,7 +168,6 @@ class _TrainingRun:
             )
         if self.step and self.state_path.exists():
             state = read_record(self.state_path)
-            self.dtype = resumed_precision(self.dtype, state, self.step)
             self.metric_log.load_state_dict(state)
             self.validated = min(state["validated"], self.step)  # validations after this step are repeated
         self.metric_log.trim(self.step)
@@ -184,8 +176,7 @@ class _TrainingRun:
     def save_state(self) -> None:
         """Save the state that fairseq2's checkpoints do not contain."""
         if distributed.rank() == 0:
-            state = {"validated": self.validated, "precision": precision_name(self.dtype)}
-            write_json(self.state_path, state | self.metric_log.state_dict())
+            write_json(self.state_path, {"validated": self.validated, **self.metric_log.state_dict()})
             self.metric_log.delete_old_best([])
 
     def train_steps(self) -> None:

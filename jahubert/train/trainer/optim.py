@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,11 @@ from jahubert.model.precision import DTYPES, preferred_dtype
 from jahubert.train.data.sampler import BatchSizes, groups_per_update
 from jahubert.train.experiment import distributed
 from jahubert.train.experiment.config import raise_config_errors, range_errors, runtime_field
+from jahubert.train.experiment.provenance import read_record, write_json
 
 log = logging.getLogger(__name__)
+
+PRECISION = "precision.json"  # file in the folder of a run with precision=auto
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,6 @@ class TrainConfig:
             errors.append(
                 f"keep_every is {self.keep_every}, but must be a multiple of save_every ({self.save_every})"
             )
-        if self.schedule == "linear" and self.hold not in (0, TrainConfig.hold):
-            errors.append("hold has no effect with schedule=linear; remove it, or set schedule=tri_stage")
         if self.warmup + (self.hold if self.schedule == "tri_stage" else 0) > 1:
             errors.append("warmup and hold are fractions of max_steps and must not add up to more than 1")
         if self.micro_seconds is not None and self.micro_seconds > self.batch_seconds:
@@ -186,25 +187,27 @@ def pick_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.precision]
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """Return the name of an autocast dtype in settings, such as "bf16"."""
-    return next(name for name, known in DTYPES.items() if known is dtype)
+def with_precision(config: TrainConfig, out: Path) -> TrainConfig:
+    """Return `config` with a fixed precision, so that a resumed run keeps that in which it was started.
 
-
-def resumed_precision(dtype: torch.dtype, state: Mapping[str, Any], step: int) -> torch.dtype:
-    """Return the autocast dtype with which a run continues, which is that of its checkpoint.
-
-    With precision=auto, the machine that resumes a run may prefer another dtype than the one that started it.
-
-    Args:
-        dtype: dtype that this machine would use.
-        state: state of the checkpoint; versions before 2026-11-29 did not store the precision.
-        step: step of the checkpoint.
+    With precision=auto, the precision is recorded in `out` when the run starts. The machine that resumes the
+    run may prefer another one.
     """
-    saved = DTYPES[state["precision"]] if "precision" in state else dtype
-    if saved is not dtype and distributed.rank() == 0:
+    if config.precision != "auto":
+        return config
+    path, preferred = out / PRECISION, preferred_dtype(distributed.process_device(config.device))
+    name = next(name for name, dtype in DTYPES.items() if dtype is preferred)
+
+    def recorded() -> Any:
+        if not path.exists():
+            write_json(path, {"precision": name})
+        return read_record(path)["precision"]
+
+    saved = distributed.rank0_broadcast(recorded)
+    if saved != name and distributed.rank() == 0:
         log.warning(
-            "the run continues after step %d in %s, as it was started, although this machine would use %s",
-            step, state["precision"], precision_name(dtype),
+            "the run continues in %s, as it was started, although this machine would use %s; to change this, "
+            "start another run with train.precision=%s",
+            saved, name, name,
         )  # fmt: skip
-    return saved
+    return replace(config, precision=saved)

@@ -41,14 +41,7 @@ from jahubert.train.trainer.loader import (
     seed_micro_batch,
 )
 from jahubert.train.trainer.metric_log import MetricLog, Window
-from jahubert.train.trainer.optim import (
-    TrainConfig,
-    build_optimizer,
-    lr_at,
-    pick_precision,
-    precision_name,
-    resumed_precision,
-)
+from jahubert.train.trainer.optim import TrainConfig, build_optimizer, lr_at, pick_precision
 from jahubert.train.trainer.parallel import Parallel, full_norm, wrap_blocks
 from jahubert.train.trainer.stop import StopDeadlineError, StopSignals, stop_signals
 
@@ -322,7 +315,6 @@ class _TrainingRun:
             **self.metric_log.state_dict(),
             "window": self.window.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "precision": precision_name(self.dtype),
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
         if distributed.rank() == 0:
@@ -335,7 +327,6 @@ class _TrainingRun:
             self.data_state.load_state_dict(state)
             self.metric_log.load_state_dict(state)
             self.scaler.load_state_dict(state["scaler"])
-            self.dtype = resumed_precision(self.dtype, state, self.step)
             self.window.load_state_dict(state["window"])
             log.info("resuming at step %d", self.step)
         self.metric_log.trim(self.step)

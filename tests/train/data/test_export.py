@@ -13,7 +13,7 @@ import soundfile
 
 from jahubert.audio import AudioSource
 from jahubert.cli.main import main as cli
-from jahubert.errors import ConfigError, DataError
+from jahubert.errors import AudioError, ConfigError, DataError
 from jahubert.train.data.export import export_corpus
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.experiment.registry import recipe_module
@@ -91,6 +91,18 @@ def test_existing_files_are_not_replaced(manifest, tmp_path, kind):
     with pytest.raises(ConfigError, match="corpus"):
         export_corpus(manifest, tmp_path / "corpus", kind)
     assert {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["kaldi", "datasets"])
+def test_failed_export_can_be_repeated(manifest, tmp_path, kind):
+    recording = tmp_path / "corpus" / "word.wav"
+    content = recording.read_bytes()
+    recording.unlink()
+    with pytest.raises(AudioError):
+        export_corpus(manifest, tmp_path / "out", kind)
+    assert not (tmp_path / "out").exists()
+    recording.write_bytes(content)
+    assert export_corpus(manifest, tmp_path / "out", kind) == {"eval1": 2, "train": 2}
 
 
 def test_damaged_manifest_is_not_exported(manifest, tmp_path, capsys):

@@ -107,15 +107,22 @@ def test_sizes_in_conf_are_those_of_the_python_interface(size):
     assert job.config.model == getattr(HubertConfig, size)()
 
 
+def test_parameters_of_a_part_that_is_switched_off_are_accepted_if_that_is_typed():
+    settings = ["finetune.augment.noise_snr_db=[0,5]", "finetune.augment.noise_prob=0"]
+    (job,) = configure_jobs([f"recipe={ROUGH}", "stage=finetune", *settings])
+    assert job.config.augment.noise_snr_db == (0, 5)
+
+
 TYPOS = [
     "", "x", "=", "=3", "==", "~", "~~a", "~kmeans.x", "+", "a..b=3", ".a=3", "a.=3", "[0]=1", "kmeans=3",
     "kmeans=[a]", "kmeans.n_clusters.x=3", "kmeans.n_clusters=", "kmeans.n_clusters=1e3",
     "kmeans.n_clusters=[1]", "systems=[a]", "systems=3", "systems.main=3", "systems.main.finetune=3",
     "by_iteration=3", "by_iteration.1=3", "by_iteration.7.kmeans.n_init=2",
     "by_iteration.two.kmeans.n_init=2", "by_iteration.4.kmeans.n_init=2",
+    "by_iteration.3.pretrain.train.max_steps=9", "by_iteration={4: {kmeans: {n_init: 2}}}",
     "iterations=4", "seed=-1", "seed=4294967296", "kmeans.seed=-1",
     "model.conv_strides=[5,2,2,2,2,2,1]", "model.conv_kernels=[10,3,3,3,3,2,3]", "pretrain.mask.prob=0",
-    "pretrain.train.hold=0.2", "finetune.augment.noise_snr_db=[0,5]", "pretrain.crop.max_seconds=0.03",
+    "pretrain.train.hold=0.4", "finetune.augment.noise_snr_db=[0,5]", "pretrain.crop.max_seconds=0.03",
     "finetune.keep_in_memory_hours=-1", "prepare=3", "prepare.options=3", "prepare.options=[a]",
     "model=", "model=3", "model={width: 3}", "model.width=x", "iteration=", "iteration=0",
     "iteration=1.0", "iteration=[1]", "iterations=-1", "iterations=two", "recipe=", "recipe=.",

@@ -237,6 +237,9 @@ def test_fine_tuning_has_the_sizes_of_the_pretrained_model(tmp_path):
     torch.manual_seed(0)
     small = HubertConfig(conv_dims=(8,) * 7, width=32, layers=2, heads=2, ffn=64, pos_conv_groups=2)
     save_bundle(tmp_path / "large", model=HubertModel(small))
+    unfinished = tmp_path / "unfinished-base"
+    unfinished.mkdir()
+    assert row(f"pretrained={unfinished}").hours == base.hours
     known = row(f"pretrained={tmp_path / 'large'}")
     assert known.hours < base.hours / 10 and "assuming" not in known.note
 
@@ -247,7 +250,7 @@ def test_kmeans_initializations_do_not_multiply_the_passes():
         planned([*PAPER, *more])["iter1/kmeans"].hours
         for more in ([], ["kmeans.n_init=9"], ["kmeans.lloyd_frames=1000"])
     ]
-    assert hours[0] == hours[1] > 100 * hours[2]
+    assert hours[0] == hours[1] > 20 * hours[2]
 
 
 def hours_of(capsys, *settings):
