@@ -280,16 +280,22 @@ def _flush(path: Path) -> None:
 def new_folder(folder: Path) -> Iterator[None]:
     """Create a folder for the files that the `with` block writes, and remove the folder if the block fails.
 
-    Unlike with `atomic_folder`, files may contain the path of the folder.
+    Unlike with `atomic_folder`, files may contain the path of the folder. A file marks the folder as
+    incomplete, so that the next call can replace what a killed process has left.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
+        ConfigError: the folder exists, is complete and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    marker = folder / ".incomplete"
+    if marker.exists():
+        shutil.rmtree(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already and is not an empty folder; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     try:
         yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    marker.unlink()
