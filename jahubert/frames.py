@@ -98,9 +98,3 @@ def hubert_grid_errors(grid: FrameGrid, name: str) -> list[str]:
         f"{name}: the convolutions give frames of {grid.window} samples every {grid.hop} samples, but must "
         f"give frames of {HUBERT.window} samples every {HUBERT.hop}, as HuBERT's do"
     ]
-
-
-def check_hubert_grid(grid: FrameGrid, name: str) -> None:
-    """Raise ConfigError with the message of `hubert_grid_errors`, if there is one."""
-    for message in hubert_grid_errors(grid, name):
-        raise ConfigError(message)

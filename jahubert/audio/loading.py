@@ -16,7 +16,7 @@ import soxr
 import torch
 
 from jahubert.audio.decoders import Decoder, open_decoders
-from jahubert.audio.sources import AudioSource, open_bytes
+from jahubert.audio.sources import UNNAMED_STREAM, AudioSource, open_bytes
 from jahubert.errors import AudioError
 from jahubert.frames import SAMPLE_RATE
 
@@ -35,7 +35,7 @@ AudioLike = (
     | tuple[float, Any]
     | Mapping[str, Any]
 )
-_UNNAMED = ("the array", "the stream")  # names of arrays and of streams without a name
+_ARRAY = "the array"  # name of arrays in messages
 _canceling: set[str] = set()  # names of recordings for which a warning was logged
 _QUIET = 1e-6  # mean power (-60 dBFS) below which channels may contain only noise
 _CANCELED = 1e-3  # power of the mean of canceling channels, relative to that of the channels
@@ -70,7 +70,7 @@ def load_audio(
     end = None if n_samples is None else start + n_samples
     array, rate = _samples(source, sample_rate)
     if array is not None:
-        name = "the array"
+        name = _ARRAY
         wav_T = _to_16k(_mono(_array(array), name), rate, name)[start:end]
     else:
         with _open(source) as (name, decoders):
@@ -132,7 +132,7 @@ def audio_length(source: AudioLike, sample_rate: float | None = None) -> int:
     """
     array, rate = _samples(source, sample_rate)
     if array is not None:
-        name, length = "the array", _resampled_length(_array_length(array), rate)
+        name, length = _ARRAY, _resampled_length(_array_length(array), rate)
     else:
         with _open(source) as (name, decoders):
             length = sum(_resampled_length(decoder.length(), decoder.rate) for decoder in decoders)
@@ -291,9 +291,7 @@ def _mono(frames_TC: np.ndarray, name: str) -> np.ndarray:
         return wav_T
     wav_T = frames_TC.mean(axis=1, dtype=np.float32)
     power = _mean_square(frames_TC)
-    if power > _QUIET and _mean_square(wav_T[:, None]) < _CANCELED * power and name not in _canceling:
-        if name not in _UNNAMED:  # training reads the same recordings in every epoch
-            _canceling.add(name)
+    if power > _QUIET and _mean_square(wav_T[:, None]) < _CANCELED * power:
         _warn_about_canceling_channels(name)
     return wav_T
 
@@ -304,6 +302,11 @@ def _mean_square(frames_TC: np.ndarray) -> float:
 
 
 def _warn_about_canceling_channels(name: str) -> None:
+    """Log a warning, once per named recording, because training reads the same recordings in every epoch."""
+    if name in _canceling:
+        return
+    if name not in (_ARRAY, UNNAMED_STREAM):
+        _canceling.add(name)
     log.warning(
         "%s: the channels cancel each other out, so their mean is almost silent; convert the recording to "
         "mono with one of the channels, for example with `sox IN.wav OUT.wav remix 1`",

@@ -14,6 +14,7 @@ from jahubert.errors import AudioError
 from jahubert.limits import ADVICE, STREAM_BYTES, limit
 
 _BLOCK = 1 << 20  # bytes
+UNNAMED_STREAM = "the stream"  # name in messages of streams that have none
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def open_bytes(source: Any) -> Iterator[AudioBytes]:
             range is outside the file; or a pipe or non-seekable stream exceeds the size limit.
     """
     if hasattr(source, "read"):
-        name = str(getattr(source, "name", "the stream"))
+        name = str(getattr(source, "name", UNNAMED_STREAM))
         yield _in_memory(name, _read_stream(source, name))
         return
     if not isinstance(source, AudioSource):

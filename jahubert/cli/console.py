@@ -120,8 +120,9 @@ def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str
         for target in targets:
             if label := labels.get(os.path.realpath(target)):
                 raise ConfigError(f"-o {into} would overwrite the input {label}; give another folder")
-            beside = os.path.realpath(target.parent) == os.path.realpath(Path(item.label).parent)
-            if not overwrite and beside and item.label != STDIN and os.path.lexists(target):
+            if overwrite or item.label == STDIN or not os.path.lexists(target):
+                continue
+            if os.path.realpath(target.parent) == os.path.realpath(Path(item.label).parent):
                 raise ConfigError(
                     f"-o {into} would replace {target}, which is next to the recording and may belong to it; "
                     "give another folder, or add --overwrite"

@@ -372,13 +372,6 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {text}")
-    return number
-
-
 def between_1_and(maximum: int) -> Callable[[str], int]:
     """Return a function that parses a whole number from 1 to `maximum`."""
 

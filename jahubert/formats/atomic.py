@@ -288,7 +288,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """
     marker = folder / ".incomplete"
     if marker.exists():
-        shutil.rmtree(folder)
+        remove_folder(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already and is not an empty folder; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -296,6 +296,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove_folder(folder)
         raise
     marker.unlink()

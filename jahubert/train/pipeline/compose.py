@@ -10,7 +10,7 @@ command line.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -207,9 +207,9 @@ def _typed_blocks(typed: Sequence[Override]) -> Any:
     from omegaconf import OmegaConf
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
+    iterations = [o.key.split(".")[1] for o in typed if o.key.startswith("by_iteration.")]
+    raise_config_errors(_name_errors("iteration", iterations, where="by_iteration"))
     for override in typed:
-        if override.key.startswith("by_iteration."):
-            _check_names({"iteration": override.key.split(".")[1]}, where="by_iteration")
         if override.key.partition(".")[0] in blocks and not override.delete:
             OmegaConf.update(blocks, override.key, override.value, force_add=True)
     return blocks
@@ -280,18 +280,21 @@ def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (data_folder("conf") / group).glob("*.yaml"))
 
 
-def _check_names(groups: Mapping[str, str], where: str | None = None) -> None:
-    """Raise ConfigError if a group in conf/ has no preset with the given name.
+def _check_names(groups: Mapping[str, str]) -> None:
+    """Raise ConfigError if a group in conf/ has no preset with the given name."""
+    raise_config_errors([error for group, name in groups.items() for error in _name_errors(group, [name])])
+
+
+def _name_errors(group: str, names: Iterable[str], where: str | None = None) -> list[str]:
+    """Return an error message per name of which a group in conf/ has no preset.
 
     Args:
-        where: setting that contains the name, if it is not the name of the group.
+        where: setting that contains the names, if it is not that of the group.
     """
-    errors = []
-    for group, name in groups.items():
-        known = preset_names(group)
-        if name not in known:
-            errors.append(unknown_name_error(where or group, name, known, kind=group))
-    raise_config_errors(errors)
+    known = preset_names(group)
+    return [
+        unknown_name_error(where or group, name, known, kind=group) for name in names if name not in known
+    ]
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
@@ -316,6 +319,6 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
     for group in ("systems", "by_iteration"):
         if not is_null(tree.get(group)) and not isinstance(tree[group], Mapping):
             errors.append(f"{group}: expected a group of settings, found {quote(tree[group])}")
+        elif group == "by_iteration" and not is_null(tree.get(group)):
+            errors += _name_errors("iteration", map(str, tree[group]), where=group)
     raise_config_errors(errors)
-    for iteration in tree.get("by_iteration") or ():
-        _check_names({"iteration": str(iteration)}, where="by_iteration")

@@ -122,15 +122,17 @@ def _unused_in_training(overrides: Sequence[str], jobs: Sequence[Job]) -> list[s
     mistakes = []
     for stage in ("pretrain", "finetune"):
         configs = [job.config for job in jobs if job.stage == stage]
+        if not configs:
+            continue
         hold = f"{stage}.train.hold"
-        if hold in typed and configs and all(config.train.schedule == "linear" for config in configs):
+        if hold in typed and all(config.train.schedule == "linear" for config in configs):
             mistakes.append(f"{hold} has no effect with {stage}.train.schedule=linear; set tri_stage")
         for key in sorted(typed):
             if not key.startswith(f"{stage}.augment.") or key.endswith("_prob"):
                 continue
             name = f"{key.rpartition('.')[2].partition('_')[0]}_prob"
             share = f"{stage}.augment.{name}"
-            if share not in typed and configs and not any(getattr(c.augment, name, 1.0) for c in configs):
+            if share not in typed and not any(getattr(config.augment, name) for config in configs):
                 mistakes.append(f"{key} has no effect, because {share} is 0; set {share}, for example to 0.3")
     return mistakes
 

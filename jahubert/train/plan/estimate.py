@@ -203,6 +203,7 @@ def estimate_stages(
     configs = {(job.stage, job.out.parent): job.config for job in (*jobs, *context)}
     models = [config.model for (stage, _), config in configs.items() if stage in _TRAINING_STAGES]
     model = models[0] if models else HubertConfig()
+    planned = {job.out for job in jobs if job.stage == "pretrain"}
     estimates = []
     for job in jobs:
         name = job.stage
@@ -220,8 +221,7 @@ def estimate_stages(
         elif job.stage == "pretrain":
             estimate = _pretraining(name, job.config, corpus, machine)
         elif job.stage == "finetune":
-            pretrained = {other.out for other in jobs if other.stage == "pretrain"}
-            estimate = _finetuning(name, job.config, pretrained, corpus, machine)
+            estimate = _finetuning(name, job.config, planned, corpus, machine)
         else:
             estimate = StageEstimate(name, None, None, None, "short compared with other stages")
         estimates.append(estimate)

@@ -31,7 +31,7 @@ from torch import Tensor
 from jahubert.errors import CheckpointError, DataError
 from jahubert.formats.atomic import atomic_write
 from jahubert.formats.bundle import load_bundle
-from jahubert.frames import HUBERT, SAMPLE_RATE, check_hubert_grid
+from jahubert.frames import HUBERT, SAMPLE_RATE, hubert_grid_errors
 from jahubert.inference.conditioning import prepare_speech
 from jahubert.inference.confidence import align_best, word_features
 from jahubert.inference.ctc import Hypothesis, Span, beam_search, forced_align, greedy, group_words
@@ -140,7 +140,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     bundle = load_bundle(config.model)
     if bundle.ctc is None:
         raise CheckpointError(f"decode.model: {config.model} has no CTC head; use a fine-tuned model")
-    check_hubert_grid(bundle.config.grid, f"decode.model={config.model}")
+    raise_config_errors(hubert_grid_errors(bundle.config.grid, f"decode.model={config.model}"))
     if bundle.phonemes != targets.phonemes:
         raise CheckpointError(
             f"decode.model: {config.model} and {config.targets} have different symbols; set decode.targets "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from jahubert.errors import DataError
 from jahubert.formats.bundle import load_bundle, save_bundle
-from jahubert.frames import SAMPLE_RATE, check_hubert_grid, hubert_grid_errors
+from jahubert.frames import SAMPLE_RATE, hubert_grid_errors
 from jahubert.inference.ctc import greedy
 from jahubert.model.heads import HubertForCtc
 from jahubert.model.hubert import HubertConfig, HubertModel
@@ -271,7 +271,7 @@ def build_model(config: Config, n_symbols: int) -> HubertForCtc:
     if config.pretrained is None:
         return HubertForCtc(replace(config.model, conv_grad_scale=1.0, **changes), n_symbols)
     bundle = load_bundle(config.pretrained)
-    check_hubert_grid(bundle.config.grid, f"finetune.pretrained={config.pretrained}")
+    raise_config_errors(hubert_grid_errors(bundle.config.grid, f"finetune.pretrained={config.pretrained}"))
     hubert = HubertModel(replace(bundle.config, conv_grad_scale=1.0, **changes))
     hubert.load_state_dict(bundle.model.state_dict())
     return HubertForCtc(hubert.config, n_symbols, hubert)
