@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from jahubert.train.experiment.registry import recipe_module
 
 read_speech = recipe_module("builtin").read_speech
 Clips = read_speech.Config
+GROUPS = ("pretraining", "finetuning")
+_LONGEST_MINUTES = 5  # speakers with more audio than this are in the group pretraining
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Config:
     other_languages: str | None = None  # folder with clips.tsv (columns file, speaker), for language=other
     minutes: float = 90.0  # duration of the training split in minutes
     speakers: int | None = None  # with language=other: number of speakers, those with the most audio
+    # Japanese training speakers to use: all, or one of two groups without common speakers, pretraining and
+    # finetuning
+    group: str = "all"
     clips: Clips = field(default_factory=lambda: Clips(speeds=()))
 
     def __post_init__(self) -> None:
@@ -42,6 +47,10 @@ class Config:
                 f"speakers must be null or, with language=other, at least 1; found {self.speakers} with "
                 f"language={self.language}"
             )
+        if self.group not in ("all", *GROUPS):
+            raise ConfigError(f"group must be all, {' or '.join(GROUPS)}; found {quote(self.group)}")
+        if self.group != "all" and self.language != "japanese":
+            raise ConfigError(f"group={self.group} requires language=japanese; found {self.language}")
         if self.clips.speeds:
             raise ConfigError(
                 "clips.speeds must be empty, because copies at other speeds would count toward minutes"
@@ -80,12 +89,19 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
 
 def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[Utterance | Rejected]:
     """Yield the utterances of all splits, those of train in random order, and rejected recordings."""
+    training = []
     for item in read_speech.sentences(data, work, config.clips, seed, set()):
-        japanese_training = isinstance(item, Utterance) and item.split == "train"
-        if isinstance(item, Utterance) and item.split not in ("train", "dev_cv", "test_cv"):
-            continue
-        if config.language == "japanese" or not japanese_training:
+        if isinstance(item, Rejected) or item.split in ("dev_cv", "test_cv"):
             yield item
+        elif item.split == "train":
+            training.append(item)
+    if config.language == "japanese":
+        group_of = _divide_speakers(training, seed)
+        for item in training:
+            if config.group in ("all", group_of[item.speaker]):
+                yield item
+            else:
+                yield Rejected(item.id, f"speaker is not in group {config.group}")
     if config.language == "other":
         others = list(read_speech.other_languages(expand_user(config.other_languages), work))
         random.Random(f"other languages {seed}").shuffle(others)
@@ -96,10 +112,22 @@ def _utterances(data: Path, work: Path, config: Config, seed: int) -> Iterator[U
             yield item
 
 
+def _divide_speakers(training: list[Utterance], seed: int) -> dict[str, str]:
+    """Assign half of the speakers with little audio to finetuning, and all others to pretraining."""
+    samples = _samples_by_speaker(training)
+    short = sorted(name for name, n in samples.items() if n <= _LONGEST_MINUTES * 60 * SAMPLE_RATE)
+    drawn = random.Random(f"languages groups {seed}").sample(short, len(short) // 2)
+    return dict.fromkeys(samples, "pretraining") | dict.fromkeys(drawn, "finetuning")
+
+
 def _longest_speakers(items: list[Utterance | Rejected], number: int | None) -> set[str]:
     """Return the `number` speakers with the most audio, or all speakers if it is None."""
+    used = [item for item in items if isinstance(item, Utterance)]
+    return {speaker for speaker, _ in _samples_by_speaker(used).most_common(number)}
+
+
+def _samples_by_speaker(items: Iterable[Utterance]) -> Counter[str]:
     samples: Counter[str] = Counter()
     for item in items:
-        if isinstance(item, Utterance):
-            samples[item.speaker] += item.n_samples
-    return {speaker for speaker, _ in samples.most_common(number)}
+        samples[item.speaker] += item.n_samples
+    return samples

@@ -82,6 +82,21 @@ def test_only_the_speakers_with_the_longest_recordings_are_used(corpora, tmp_pat
         prepare(corpora, tmp_path, language="other", minutes=0.2, speakers=1)
 
 
+def test_pretraining_and_finetuning_groups_have_no_common_speakers(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(languages, "_LONGEST_MINUTES", 0.1)
+    speakers = {}
+    for group in ("all", "pretraining", "finetuning"):
+        items = prepare(corpora, tmp_path, minutes=0.2, group=group)
+        used = [item for item in items if isinstance(item, Utterance)]
+        speakers[group] = {item.speaker for item in used if item.split == "train"}
+        assert {item.split for item in used} == {"train", "dev_cv", "test_cv"}
+    assert len(speakers["pretraining"]) == len(speakers["finetuning"]) == 3
+    assert not speakers["pretraining"] & speakers["finetuning"]
+    monkeypatch.setattr(languages, "_LONGEST_MINUTES", 0.01)
+    with pytest.raises(DataError, match=r"0\.0 minutes"):
+        prepare(corpora, tmp_path, minutes=0.2, group="finetuning")
+
+
 def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
     with pytest.raises(DataError, match=r"0\.5 minutes.*minutes=5"):
         prepare(corpora, tmp_path, language="other", minutes=5)
@@ -91,6 +106,10 @@ def test_too_little_audio_and_wrong_options_are_reported(corpora, tmp_path):
         languages.Config(language="other")
     for options in ({"speakers": 3}, {"language": "other", "other_languages": "folder", "speakers": 0}):
         with pytest.raises(ConfigError, match="speakers"):
+            languages.Config(**options)
+    other = {"language": "other", "other_languages": "folder"}
+    for options in ({"group": "others"}, {"group": "pretraining", **other}):
+        with pytest.raises(ConfigError, match="group"):
             languages.Config(**options)
     with pytest.raises(ConfigError, match="speeds"):
         languages.Config(clips=languages.read_speech.Config())
@@ -111,13 +130,21 @@ def test_every_system_has_a_paired_baseline_and_the_same_schedule_per_share():
         assert all(settings == without_model[0] for settings in without_model)
 
 
-def test_pretraining_runs_all_corpora_with_valid_settings(tmp_path):
+@pytest.mark.parametrize(
+    ("comparison", "names"),
+    [(compare.SAME_SPEAKERS, ["japanese", "other", "few"]), (compare.DISJOINT, ["japanese", "few"])],
+)
+def test_all_jobs_have_valid_settings_and_their_own_folders(tmp_path, comparison, names):
     settings = ["recipe=languages", f"data={tmp_path}", f"other_languages={tmp_path}", f"exp={tmp_path}/x"]
-    jobs = compare.pretraining_jobs(compose(settings))
-    assert len(jobs) == 3 * (1 + 2 * 4)
+    jobs = compare.pretraining_jobs(compose(settings), comparison)
+    assert len(jobs) == len(names) * (1 + 2 * 4)
     folders = {configure_jobs([*settings, *job])[0].out for job in jobs}
     assert len(folders) == len(jobs)
-    assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {"x-japanese", "x-other", "x-few"}
+    assert {folder.relative_to(tmp_path).parts[0] for folder in folders} == {f"x-{name}" for name in names}
+    for job in compare.finetuning_jobs(names, comparison):
+        stages = {one.stage: one for one in configure_jobs([*settings, *job])}
+        assert {"finetune", "decode", "score"} <= set(stages)
+        assert stages["finetune"].config.pretrained.parts[-3] in {f"x-{name}" for name in names}
 
 
 def test_table_shows_the_difference_from_the_baseline(tmp_path):
