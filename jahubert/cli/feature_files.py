@@ -152,8 +152,8 @@ class FeatureFiles:
             self._record(key)
         return source["size"] is not None and self.written[key] == source
 
-    def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> None:
-        """Write chunks of frames (S, *shape) to a float32 .npy file."""
+    def write(self, base: Path, chunks: Iterable[Tensor], shape: tuple[int, ...]) -> int:
+        """Write chunks of frames (S, *shape) to a float32 .npy file, and return the number of frames."""
         path = self._path(base)
         path.parent.mkdir(parents=True, exist_ok=True)
         n_frames = 0
@@ -165,6 +165,7 @@ class FeatureFiles:
             file.seek(0)  # numpy pads the header, so it has room for the final frame count
             _header(file, (n_frames, *shape))
         self._record(os.fspath(base))
+        return n_frames
 
     def finish(self, bases: Iterable[Path]) -> None:
         """Sort `sources.jsonl` of an output folder, or assemble a safetensors file from the given parts."""

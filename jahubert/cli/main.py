@@ -15,6 +15,7 @@ import argparse
 import difflib
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,7 @@ from jahubert.errors import (
     exit_status,
     printable,
 )
+from jahubert.frames import SAMPLE_RATE, FrameGrid
 from jahubert.inference import writers
 from jahubert.streams import (
     check_current_folder,
@@ -55,6 +57,8 @@ from jahubert.streams import (
 if TYPE_CHECKING:
     from jahubert.cli.feature_files import FeatureFiles
     from jahubert.inference.features import FeatureExtractor
+
+log = logging.getLogger(__name__)
 
 MAX_THREADS = 1024  # maximum number of CPU threads
 MAX_BEAM = 1000  # maximum width of the beam, which determines memory and time
@@ -199,7 +203,8 @@ def compute_features(
                 pieces: Iterable[Any] = [result]
             else:
                 pieces = extractor.stream(item.open())
-            files.write(item.base, pieces, extractor.features.shape)
+            if not files.write(item.base, pieces, extractor.features.shape):
+                warn_without_frames(item, extractor.grid)
         except Exception as error:
             progress.add_failure(item.label, error)
         progress.add_file(item.label)
@@ -238,6 +243,8 @@ def units(args: argparse.Namespace) -> int:
         unit_ids = extractor(item.open()) if whole is None else next(whole)
         if isinstance(unit_ids, Exception):
             raise unit_ids
+        if not len(unit_ids):
+            warn_without_frames(item, extractor.features.grid)
         unit_ids = unit_ids.unique_consecutive() if args.unique else unit_ids
         if args.output is not None:
             save_array(unit_ids, Path(args.output, f"{item.base}.npy"))
@@ -246,6 +253,12 @@ def units(args: argparse.Namespace) -> int:
         return f"{writers.escape_controls(item.label)}\t{line}" if named else line
 
     return for_each_input(inputs, empty, work)
+
+
+def warn_without_frames(item: Input, grid: FrameGrid) -> None:
+    """Log a warning for a recording that is shorter than a frame, for which the output is empty."""
+    name, seconds = printable(item.label), grid.window / SAMPLE_RATE
+    log.warning("%s: the audio is shorter than a frame (%.3f s), so the output is empty", name, seconds)
 
 
 def info(args: argparse.Namespace) -> int:

@@ -196,6 +196,24 @@ def test_units_are_printed_or_written(bundle, folder, capsys):
     assert np.array_equal(np.load("out/a.npy"), expected.numpy())
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["features", "-o", "out"],
+        ["features", "-o", "out", "--chunk", "10"],
+        ["units"],
+        ["units", "-o", "out"],
+    ],
+)
+def test_recording_shorter_than_a_frame_is_named(bundle, folder, caplog, args):
+    soundfile.write("short.wav", np.zeros(100, np.float32), 16_000)
+    name, *options = args
+    assert main([name, "short.wav", "data/a.wav", "--model", bundle, *options]) == 0
+    assert [record.args[0] for record in caplog.records] == ["short.wav"]
+    if "-o" in args:
+        assert len(np.load("out/short.npy")) == 0
+
+
 def test_units_use_the_builtin_model_by_default(bundle, folder, capsys, monkeypatch):
     monkeypatch.setattr("jahubert.formats.hub.builtin_model", lambda: Path(bundle))
     assert main(["units", "--model", bundle, "data/a.wav"]) == 0

@@ -122,8 +122,8 @@ def test_broken_recipe_file_is_named(capsys, tmp_path, yaml, expected):
     assert str(tmp_path / "recipe.yaml") in message and expected in message
 
 
-def test_recipe_may_have_no_systems_and_no_iterations(capsys, tmp_path):
-    succeed(capsys, tmp_path, "prepare", "systems=null", "by_iteration=null")
+def test_recipe_may_have_no_systems(capsys, tmp_path):
+    succeed(capsys, tmp_path, "prepare", "systems=null")
 
 
 def test_missing_earlier_stage_is_named(capsys, tmp_path):

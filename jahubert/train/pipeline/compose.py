@@ -207,8 +207,15 @@ def _typed_blocks(typed: Sequence[Override]) -> Any:
     from omegaconf import OmegaConf
 
     blocks = OmegaConf.create({"by_iteration": {}, "systems": {}})
-    iterations = [o.key.split(".")[1] for o in typed if o.key.startswith("by_iteration.")]
-    raise_config_errors(_name_errors("iteration", iterations, where="by_iteration"))
+    inner = [o for o in typed if o.key.partition(".")[0] == "by_iteration"]
+    names = [o.key.split(".")[1] for o in inner if "." in o.key]
+    errors = _name_errors("iteration", names, where="by_iteration")
+    errors += [
+        f"{o.key} cannot be deleted; set the values of the iteration instead"
+        for o in inner
+        if o.delete or (o.key.count(".") < 2 and is_null(o.value))
+    ]
+    raise_config_errors(errors)
     for override in typed:
         if override.key.partition(".")[0] in blocks and not override.delete:
             OmegaConf.update(blocks, override.key, override.value, force_add=True)

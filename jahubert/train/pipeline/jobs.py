@@ -53,6 +53,7 @@ def configure_jobs(overrides: Sequence[str], check_inputs: bool = False) -> list
     if not mistakes:
         mistakes += _unused_pretrained(overrides, tree, jobs) + _unused_model(overrides, tree, jobs)
         mistakes += _unused_iterations(overrides, tree, planned) + _unused_in_training(overrides, jobs)
+        mistakes += _unused_in_kmeans(overrides, jobs)
     if check_inputs:
         from jahubert.train.pipeline import preflight
 
@@ -135,6 +136,22 @@ def _unused_in_training(overrides: Sequence[str], jobs: Sequence[Job]) -> list[s
             if share not in typed and not any(getattr(config.augment, name) for config in configs):
                 mistakes.append(f"{key} has no effect, because {share} is 0; set {share}, for example to 0.3")
     return mistakes
+
+
+def _unused_in_kmeans(overrides: Sequence[str], jobs: Sequence[Job]) -> list[str]:
+    """Return an error message per typed setting that the k-means backend of no iteration uses."""
+    typed = {override.key for override in parse_overrides(overrides)}
+    backends = sorted({job.config.backend for job in jobs if job.stage == "kmeans"})
+    if not backends:
+        return []
+    from jahubert.train.stages.kmeans import UNUSED_OPTIONS
+
+    unused = set.intersection(*(set(UNUSED_OPTIONS[backend]) for backend in backends))
+    return [
+        f"kmeans.{name} has no effect with kmeans.backend={', '.join(backends)}"
+        for name in sorted(unused)
+        if f"kmeans.{name}" in typed
+    ]
 
 
 def configure_job(planned: PlannedStage, overrides: Sequence[str]) -> Job:

@@ -30,12 +30,19 @@ from jahubert.train.experiment.provenance import read_record
 
 VERSION = 2
 
+# Settings that have no effect with each backend.
+UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {
+    "torch": (),
+    "faiss": ("lloyd_frames",),
+    "sklearn": ("n_init", "max_iter", "lloyd_frames"),
+}
+
 
 @dataclass(frozen=True)
 class Config:
     features: Path  # output folder of the features stage
     n_clusters: int = 100  # number of clusters
-    # Implementation of k-means; sklearn ignores n_init, max_iter and lloyd_frames.
+    # Implementation of k-means. Only torch uses lloyd_frames, and sklearn uses neither n_init nor max_iter.
     backend: Literal["torch", "faiss", "sklearn"] = "torch"
     n_init: int = 3  # number of initializations, of which the best one is used
     max_iter: int = 100  # maximum number of passes over all frames, or over a sample (see lloyd_frames)

@@ -119,7 +119,9 @@ TYPOS = [
     "kmeans.n_clusters=[1]", "systems=[a]", "systems=3", "systems.main=3", "systems.main.finetune=3",
     "by_iteration=3", "by_iteration.1=3", "by_iteration.7.kmeans.n_init=2",
     "by_iteration.two.kmeans.n_init=2", "by_iteration.4.kmeans.n_init=2",
-    "by_iteration.3.pretrain.train.max_steps=9", "by_iteration={4: {kmeans: {n_init: 2}}}",
+    "~by_iteration.2", "~by_iteration.2.features.layer", "~by_iteration", "by_iteration=null",
+    "by_iteration.2=null", "by_iteration.3.pretrain.train.max_steps=9",
+    "by_iteration={4: {kmeans: {n_init: 2}}}",
     "iterations=4", "seed=-1", "seed=4294967296", "kmeans.seed=-1",
     "model.conv_strides=[5,2,2,2,2,2,1]", "model.conv_kernels=[10,3,3,3,3,2,3]", "pretrain.mask.prob=0",
     "pretrain.train.hold=0.4", "finetune.augment.noise_snr_db=[0,5]", "pretrain.crop.max_seconds=0.03",
@@ -203,6 +205,18 @@ def test_pretrained_without_effect_is_rejected():
     for settings in (["system=scratch"], ["finetune.pretrained=other/model"]):
         with pytest.raises(ConfigError, match="pretrained=owner/model has no effect"):
             configure_jobs(["recipe=demo", "stage=finetune", "pretrained=owner/model", *settings])
+
+
+def test_settings_that_a_kmeans_backend_ignores_are_rejected():
+    command = ["recipe=demo", "stage=kmeans", "iteration=1"]
+    for backend, names in (("faiss", ["lloyd_frames"]), ("sklearn", ["n_init", "max_iter", "lloyd_frames"])):
+        for name in names:
+            with pytest.raises(
+                ConfigError, match=rf"kmeans\.{name} has no effect with kmeans\.backend={backend}"
+            ):
+                configure_jobs([*command, f"kmeans.backend={backend}", f"kmeans.{name}=200"])
+    for settings in (["kmeans.backend=faiss", "kmeans.max_iter=20"], ["kmeans.lloyd_frames=200"]):
+        configure_jobs([*command, *settings])
 
 
 def test_sizes_of_a_pretrained_model_cannot_be_set():
