@@ -244,6 +244,11 @@ def _log_report(
             count["samples"] / SAMPLE_RATE / 3600,
             len(speakers_of[split]),
         )
+    if "train" not in counts:
+        log.warning(
+            "table: no utterance is in the split train, so there is nothing to train on; splits found: %s",
+            ", ".join(sorted(counts)),
+        )
     training_speakers = speakers_of.pop("train", set())
     if shared := training_speakers & set().union(*speakers_of.values()):
         log.warning(

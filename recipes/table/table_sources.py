@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,7 +40,11 @@ COLUMNS = {
     "split": ("split", "subset", "set"),
     "id": ("id", "utt_id", "utterance_id"),
 }
-SPLITS = {"validation": "dev", "valid": "dev", "val": "dev", "eval": "test", "training": "train"}
+SPLITS = {
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "development", "devel"), "dev"),
+    **dict.fromkeys(("eval", "evaluation"), "test"),
+}
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _UNDECODED = range(0xDC80, 0xDD00)  # characters that stand for bytes that are not UTF-8
 _QUOTED_LINES = 20  # maximum number of lines of a row with line breaks in quotes
@@ -266,6 +271,11 @@ def _json_records(path: Path) -> _Records:
         if problem := _encoding_problem(line):
             yield number, problem
             continue
+        if line.lstrip().startswith("["):
+            raise DataError(
+                f"{path}:{number}: the file has a list of objects, but one object per line is expected; "
+                "convert it with: jq -c '.[]'"
+            )
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -352,7 +362,8 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
         else:
             record = {"path": audio, "id": id, "text": text.get(id), "speaker": speaker.get(id)}
             if is_segmented:
-                record["start"], record["end"] = [*times.split(), "?", "?"][:2]
+                record["start"], end = [*times.split(), "?", "?"][:2]
+                record["end"] = None if end == "-1" else end  # -1: the end of the recording
             # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
             base = Path() if is_file(audio) else folder
             yield _row(record, {name: name for name in record}, where, base, split)
@@ -392,10 +403,18 @@ class _KaldiTable:
 
 
 def read_espnet(folder: Path) -> Iterator[Row | Rejected]:
-    """Read an ESPnet dump: Kaldi data directories whose names are the splits (train, dev, test, ...)."""
+    """Read an ESPnet dump: Kaldi data directories whose names determine the splits.
+
+    Folders such as train_nodup are training sets, and folders such as dev_clean and train_dev are development
+    sets. Other folders are test sets.
+    """
     root = folder / "raw" if any(folder.glob("raw/*/wav.scp")) else folder
     for scp in sorted(root.glob("*/wav.scp")):
-        yield from read_kaldi(scp.parent, scp.parent.name)
+        name = scp.parent.name
+        parts = [normalize_split(part) for part in re.split("[_-]", name)]
+        first = "dev" if "dev" in parts else parts[0]
+        split = first if parts[0] in ("train", "dev") else name
+        yield from read_kaldi(scp.parent, split)
 
 
 def _is_cut_manifest(path: Path) -> bool:
@@ -429,24 +448,33 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
         return Rejected(str(record.get("id", where)), reason, where)
     if recording.get("transforms"):
         return Rejected(str(record.get("id", where)), "cut with audio transforms", where)
+    n_channels = len(sources[0].get("channels") or [0])
+    if n_channels > 1 and isinstance(record.get("channel", 0), int):
+        reason = "cut of one channel of a recording with several"
+        return Rejected(str(record.get("id", where)), reason, f"{where}: channels: {n_channels}")
     start, duration = _seconds(record.get("start", 0)), _seconds(record["duration"])
-    is_part = start > 0 or duration < _seconds(recording.get("duration", duration)) - 1e-4
+    end = start + duration
+    if "start" in supervisions[0]:  # relative to the start of the cut
+        first = start + _seconds(supervisions[0]["start"])
+        start, end = max(start, first), min(end, first + _seconds(supervisions[0]["duration"]))
+    is_part = start > 0 or end < _seconds(recording.get("duration", duration)) - 1e-4
     row = {
         "path": sources[0]["source"],
         "id": record.get("id"),
         "text": supervisions[0].get("text"),
         "speaker": supervisions[0].get("speaker"),
         "start": start,
-        "end": start + duration if is_part else None,
+        "end": end if is_part else None,
         "split": (record.get("custom") or {}).get("split"),
     }
     return _row(row, {name: name for name in row}, where, folder, "")
 
 
 def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
-    """Read a folder of audio files with transcripts in .txt or .lab files. Each subfolder is a speaker.
+    """Read a folder of audio files with transcripts in .txt or .lab files.
 
-    Files below `exclude`, where copies are written, are skipped.
+    Subfolders named train, dev or test, or a synonym, are splits. All other subfolders of the folder or of a
+    split are speakers. Files below `exclude`, where copies are written, are skipped.
     """
     paths, errors = find_audio(folder)
     paths = [path for path in paths if not path.absolute().is_relative_to(exclude.absolute())]
@@ -459,13 +487,30 @@ def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
     for path in paths:
         transcripts = [path.with_suffix(suffix) for suffix in (".txt", ".lab")]
         transcript = next((candidate for candidate in transcripts if is_file(candidate)), None)
-        text = " ".join(line for _, line in _read_lines(transcript)) if transcript else ""
-        if problem := _encoding_problem(text):
+        lines = [line for _, line in _read_lines(transcript)] if transcript else []
+        if problem := _encoding_problem("".join(lines)):
             yield Rejected(str(path), "malformed line", f"{transcript}: {problem}")
             continue
-        text = " ".join(text.split())
-        speaker = path.parent.name if path.parent != folder else ""
-        yield Row(str(path), path, text=text, speaker=speaker)
+        if _are_timed_labels(lines):
+            yield Rejected(str(path), "labels with times instead of a transcript", str(transcript))
+            continue
+        text = " ".join(" ".join(lines).split())
+        folders = list(path.parent.relative_to(folder).parts)
+        split = normalize_split(folders[0]) if folders else ""
+        if split in ("train", "dev", "test"):
+            folders = folders[1:]
+        else:
+            split = ""
+        yield Row(str(path), path, text=text, speaker=folders[0] if folders else "", split=split)
+
+
+def _are_timed_labels(lines: list[str]) -> bool:
+    """Return whether each line has a start, a later end and a label, as in the label files of HTS."""
+    fields = [line.split(maxsplit=2) for line in lines if line.strip()]
+    try:
+        return bool(fields) and all(float(start) < float(end) for start, end, _ in fields)
+    except ValueError:  # fewer fields, or no numbers
+        return False
 
 
 def normalize_split(split: str) -> str:

@@ -181,6 +181,95 @@ def test_inputs_without_splits_yield_the_same_utterances(tmp_path, audio):
     assert not splits["train"] & splits["dev"] and not splits["train"] & splits["test"]
 
 
+def test_folders_named_after_splits_are_not_speakers(tmp_path, audio):
+    for split in ("train", "valid", "test"):
+        for r in recordings()[:2]:
+            path = tmp_path / "data" / split / f"{split}-speaker" / "session" / f"{split}-{r['id']}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(path_of(audio, r))
+    items, _ = prepared(tmp_path / "data")
+    assert {(i.speaker, i.split) for i in items} == {
+        ("train-speaker", "train"),
+        ("valid-speaker", "dev"),
+        ("test-speaker", "test"),
+    }
+
+
+def test_sessions_of_a_speaker_are_not_separate_speakers(tmp_path, audio):
+    for i, r in enumerate(recordings()[:20]):
+        path = tmp_path / "data" / f"speaker{i % 10}" / f"session{i // 10}" / f"{r['id']}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(path_of(audio, r))
+    items, _ = prepared(tmp_path / "data")
+    assert len({i.speaker for i in items}) == 10
+    splits_of = {(i.speaker, i.split) for i in items}
+    assert len(splits_of) == 10 and {split for _, split in splits_of} == {"train", "dev", "test"}
+
+
+def test_label_files_with_times_are_not_transcripts(tmp_path, audio):
+    shutil.copy(path_of(audio, recordings()[0]), tmp_path / "a.wav")
+    shutil.copy(path_of(audio, recordings()[1]), tmp_path / "b.wav")
+    write(tmp_path / "a.lab", ["0 3125000 silB", "3125000 4000000 k"])
+    write(tmp_path / "b.lab", ["3 000 円"])
+    items, rejected = prepared(tmp_path, max_rejected=1.0)
+    assert [i.id for i in rejected] == [str(tmp_path / "a.wav")] and "times" in rejected[0].reason
+    assert [i.text for i in items] == ["3 000 円"]
+
+
+def test_names_of_espnet_folders_determine_the_split(tmp_path, audio):
+    folders = ["train_nodup", "train_dev", "dev_clean", "eval1", "test_clean"]
+    for i, name in enumerate(folders):
+        write_kaldi(tmp_path / "dump" / "raw" / name, audio, recordings()[2 * i : 2 * i + 2])
+    items, _ = prepared(tmp_path / "dump")
+    of = {item.id: item.split for item in items}
+    splits = [of[r["id"]] for r in recordings()[:10:2]]
+    assert splits == ["train", "dev", "dev", "eval1", "test_clean"]
+
+
+def test_missing_training_split_is_reported(tmp_path, audio, caplog):
+    write_kaldi(tmp_path / "dump" / "raw" / "eval1", audio, recordings()[:2])
+    prepared(tmp_path / "dump")
+    assert "split train" in caplog.text
+
+
+def test_end_of_minus_one_in_kaldi_segments_is_the_end_of_the_recording(tmp_path, audio):
+    write_kaldi(tmp_path / "kaldi", audio, recordings()[:1])
+    id = recordings()[0]["id"]
+    write(tmp_path / "kaldi" / "segments", [f"{id}-part {id} 0.1 -1"])
+    items, _ = prepared(tmp_path / "kaldi", max_rejected=1.0)
+    assert [(i.id, i.start, i.n_samples) for i in items] == [(f"{id}-part", 1600, 4000 - 1600)]
+
+
+def cut(audio: Path, channels: list[int], channel: int | list[int], **supervision) -> dict:
+    source = {"type": "file", "channels": channels, "source": str(audio)}
+    recording = {"id": "r", "sources": [source], "sampling_rate": RATE, "duration": 2.0}
+    one = {"id": "s", "text": "語", "speaker": "x", **supervision}
+    return {
+        "id": f"{audio.stem}-{channel}",
+        "start": 0.5,
+        "duration": 1.0,
+        "channel": channel,
+        "supervisions": [one],
+        "recording": recording,
+    }
+
+
+def test_cuts_of_one_channel_of_several_are_rejected(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full((2 * RATE, 2), 0.1), RATE)
+    cuts = [cut(tmp_path / "a.wav", [0, 1], channel) for channel in (0, 1, [0, 1])]
+    items, rejected = prepared(write(tmp_path / "c.jsonl", list(map(json.dumps, cuts))), max_rejected=1.0)
+    assert [i.id for i in items] == ["a-[0, 1]"] and [i.id for i in rejected] == ["a-0", "a-1"]
+    assert all("channel" in i.reason for i in rejected)
+
+
+def test_times_of_a_supervision_are_relative_to_its_cut(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(2 * RATE, 0.1), RATE)
+    times = [{"start": 0.25, "duration": 0.5}, {"start": -0.25, "duration": 9.0}, {}]
+    cuts = [cut(tmp_path / "a.wav", [0], 0, **one) | {"id": str(i)} for i, one in enumerate(times)]
+    items, _ = prepared(write(tmp_path / "c.jsonl", list(map(json.dumps, cuts))))
+    assert [(i.start, i.n_samples) for i in items] == [(12_000, 8000), (8000, 16_000), (8000, 16_000)]
+
+
 def write_validated(root: Path, audio: Path, speakers: list[str]) -> Path:
     """Write a Common Voice release with only validated.tsv."""
     (root / "clips").mkdir(parents=True)
@@ -313,6 +402,7 @@ def test_negative_start_without_an_end_is_rejected(tmp_path, audio):
             r"a.csv:2: no column with the audio.*sentence, speaker",
         ),
         ("a.tsv", ["path\tsentence", "a.wav\t今日"], "cp932", r"a.tsv:2: not UTF-8.*Shift_JIS"),
+        ("a.json", ["[", '{"audio": "a.wav"}]'], "utf-8", r"a.json:1: .*one object per line"),
         ("a.xlsx", ["path"], "utf-8", r"a.xlsx.*\.csv"),
         ("a.parquet", ["path"], "utf-8", r"a.parquet.*parquet"),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ def export_corpus(manifest: Manifest, folder: Path, kind: str) -> dict[str, int]
     counts = {}
     with new_folder(folder):
         for split in manifest.counts["splits"]:
+            if Path(split).name != split:
+                raise DataError(f"split {quote(split)}: cannot be used as the name of a file or folder")
             rows = manifest.indices(split=split).tolist()
             WRITERS[kind](manifest, rows, folder, split)
             counts[split] = len(rows)
@@ -89,12 +92,25 @@ def _write_kaldi(manifest: Manifest, rows: list[int], folder: Path, split: str) 
             files["text"].append(f"{id} {' '.join(item.text.split()) or _phones(item)}")
         if item.words:
             files["text.phn"].append(f"{id} {_phones(item)}")
+    _check_speaker_order(files["utt2spk"], split)
     files["wav.scp"] = [f"{recording} {path}" for path, recording in recordings.items()]
     files["spk2utt"] = [f"{speaker} {' '.join(sorted(ids))}" for speaker, ids in utterances.items()]
     for name, lines in files.items():
         with atomic_write(target / name) as file:
             # Kaldi requires files to be sorted by byte value, as with `LC_ALL=C sort`.
             file.writelines(f"{line}\n" for line in sorted(lines, key=str.encode))
+
+
+def _check_speaker_order(utt2spk: list[str], split: str) -> None:
+    """Raise DataError if the order of the ids is not that of the speakers, as for the speakers A and A-B."""
+    speakers = [line.split()[1] for line in sorted(utt2spk, key=str.encode)]
+    for first, second in itertools.pairwise(speakers):
+        if first.encode() > second.encode():
+            raise DataError(
+                f"split {split}: Kaldi needs utterance ids whose order is also that of the speakers, which "
+                f"is not possible for the speakers {quote(second)} and {quote(first)}; rename one of them, "
+                "for example with _ instead of -"
+            )
 
 
 def _kaldi_id(name: str, item: Utterance) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import soundfile
 from jahubert.audio import AudioSource
 from jahubert.cli.main import main as cli
 from jahubert.errors import AudioError, ConfigError, DataError
-from jahubert.train.data.export import export_corpus
+from jahubert.train.data.export import WRITERS, export_corpus
 from jahubert.train.data.manifest import Manifest, Utterance, write_manifest
 from jahubert.train.experiment.registry import recipe_module
 
@@ -82,6 +83,19 @@ def test_kaldi_files_are_sorted_by_speaker_too(tmp_path):
     export_corpus(Manifest(tmp_path / "m.arrow"), tmp_path / "kaldi", "kaldi")
     rows = [line.split() for line in (tmp_path / "kaldi/train/utt2spk").read_text().splitlines()]
     assert len(rows) == 4 and rows == sorted(rows, key=lambda row: row[1])
+
+
+def test_names_that_a_format_cannot_represent_are_reported(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(RATE) / 10, RATE)
+    audio = AudioSource(str(tmp_path / "a.wav"))
+    items = [Utterance(id, audio, 0, RATE, speaker, "語") for id, speaker in (("A-C", "A"), ("x", "A-B"))]
+    write_manifest(tmp_path / "m.arrow", items)
+    with pytest.raises(DataError, match="speakers 'A' and 'A-B'"):
+        export_corpus(Manifest(tmp_path / "m.arrow"), tmp_path / "kaldi", "kaldi")
+    write_manifest(tmp_path / "n.arrow", [replace(items[0], split="a/b")])
+    for kind in WRITERS:
+        with pytest.raises(DataError, match="split 'a/b'"):
+            export_corpus(Manifest(tmp_path / "n.arrow"), tmp_path / kind, kind)
 
 
 @pytest.mark.parametrize("kind", ["kaldi", "datasets"])
