@@ -37,7 +37,7 @@ EVALS = ("eval1", "eval2", "eval3")
 DIFFERENT_COPIES = "different copies"  # reason for rejection
 TALK_ID = r"[A-Z]\d\d[FM]\d{4}"
 _SIDE = r"(?P<side>core|noncore)"
-_FILE = rf"(?P<talk>{TALK_ID})(-(?P<channel>[LR]))?\.(?P<kind>sdb|xml|trn|wav)"
+_FILE = rf"(?P<talk>{TALK_ID})(-(?P<channel>[LR])(?=\.wav))?\.(?P<kind>sdb|xml|trn|wav)"
 _LAYOUTS = (
     ("MORPH", "SDB", _SIDE, _FILE),
     ("XML", "BaseXML", _SIDE, _FILE),

@@ -1,4 +1,4 @@
-"""Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML (UTF-8).
+"""Readers for CSJ transcripts: SDB and TRN (Shift_JIS) and XML.
 
 A transcript is a list of segments, the timed units of the corpus: speech between pauses of at least 0.2 s.
 The words of a segment are short unit words in SDB and XML, and phrases (bunsetsu) in TRN. They may contain
@@ -219,17 +219,33 @@ def read_xml(path: Path) -> XmlTranscript:
     """Read the segments and phone times of an XML file.
 
     Raises:
-        DataError: the file cannot be read, is not well-formed XML, has no segment, or contains another talk.
+        DataError: the file cannot be read, is not in its declared encoding, is not well-formed XML, has no
+            segment, or contains another talk.
     """
     reader = _XmlReader(path)
     try:
-        reader.parser.Parse(read_bytes(path), True)
+        reader.parser.Parse(_utf8_xml(path), True)
     except expat.ExpatError as error:
         raise DataError(f"{path}:{error.lineno}: not well-formed XML ({error})") from error
     if not reader.result.segments:
         raise DataError(f"{path}: no segment (IPU)")
     _check_times(reader.result.segments)
     return reader.result
+
+
+def _utf8_xml(path: Path) -> bytes:
+    """Read an XML file, and convert it to UTF-8, because expat does not support Shift_JIS and EUC-JP."""
+    raw = read_bytes(path)
+    declared = re.match(rb"\s*<\?xml[^>]*encoding\s*=\s*[\"']([\w.:-]+)", raw)
+    encoding = declared[1].decode("ascii") if declared else "utf-8"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    if encoding.lower().replace("-", "_") in ("shift_jis", "sjis", "windows_31j"):
+        encoding = "cp932"
+    try:
+        return raw if encoding.lower() in ("utf-8", "utf8") else raw.decode(encoding).encode()
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DataError(f"{path}: not in the declared encoding {encoding} ({error})") from error
 
 
 class _XmlReader:
@@ -239,7 +255,7 @@ class _XmlReader:
         self._before = ""  # label of the previous phone
         self._times: list[int] = []
         self._lines: dict[tuple[str, str], int] = {}  # (IPUID, channel) -> line
-        self.parser = expat.ParserCreate()
+        self.parser = expat.ParserCreate("utf-8")
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
 

@@ -58,12 +58,37 @@ class Shard:
 
 
 def find_parquet(data: Path, subset: str) -> list[Path]:
-    """Return the parquet shards in the first folder that has any: `data`/<subset>, `data` or `data`/data."""
-    for folder in (data / subset, data, data / "data"):
-        paths = sorted(folder.glob("*.parquet"))
-        if shards := [path for path in paths if not is_sidecar(path)]:
+    """Return the parquet shards of a subset, or an empty list if the folder has none.
+
+    The shards are those in `data`/<subset> or, as on the Hub, `data`/<subset>/train. If neither has any, the
+    subset `all` consists of those in `data` or `data`/data.
+
+    Raises:
+        DataError: `data` or `data`/data has parquet shards, but the subset is not `all`.
+    """
+    for folder in (data / subset, data / subset / "train"):
+        if shards := _parquet_files(folder):
+            return shards
+    for folder in (data, data / "data"):
+        if shards := _parquet_files(folder):
+            if subset != "all":
+                raise DataError(
+                    f"subset={subset} does not select any of the parquet files in {folder}; leave out "
+                    f"subset= to use all of them, or move those of the subset to {data / subset}"
+                )
             return shards
     return []
+
+
+def parquet_subsets(data: Path) -> list[str]:
+    """Return the names of the subfolders with parquet shards of a subset, as on the Hub."""
+    return sorted(
+        folder.name for folder in data.glob("*") if _parquet_files(folder) or _parquet_files(folder / "train")
+    )
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.parquet")) if not is_sidecar(path)]
 
 
 def to_tar(shard: Path, folder: Path) -> Shard:
@@ -112,18 +137,24 @@ def _copy_recordings(shard: Path, archive: BinaryIO) -> pa.Table:
     """Copy the recordings in a shard to a tar file, and return their table."""
     schema = parquet_schema(shard)
     caption_column = next((name for name in CAPTIONS if name in schema.names), None)
-    is_audio = "audio" in schema.names and pa.types.is_struct(schema.field("audio").type)
-    if not is_audio or caption_column is None:
+    audio_type = schema.field("audio").type if "audio" in schema.names else pa.null()
+    fields = [field.name for field in audio_type] if pa.types.is_struct(audio_type) else []
+    if "bytes" not in fields or caption_column is None:
+        found = [f"audio ({audio_type})" if name == "audio" else name for name in schema.names]
         raise DataError(
-            f"{shard}: expected the columns audio (bytes and path) and {' or '.join(CAPTIONS)}, found "
-            f"{', '.join(schema.names)}"
+            f"{shard}: expected the columns audio (a struct with bytes and, optionally, path) and "
+            f"{' or '.join(CAPTIONS)}, found {', '.join(found)}"
         )
     columns = ["audio", caption_column, *(["name"] if "name" in schema.names else [])]
     names: set[str] = set()
     batches = []
     for batch in parquet_batches(shard, columns):
         audio = batch.column("audio")
-        paths = batch.column("name") if "name" in columns else audio.field("path")
+        paths = pa.nulls(len(batch), pa.string())
+        if "name" in columns:
+            paths = batch.column("name").cast(pa.string())
+        elif "path" in fields:
+            paths = audio.field("path")
         new_names = _unique_names(shard.stem, _strings(paths), names)
         captions = [" ".join((text or "").split()) for text in _strings(batch.column(caption_column))]
         contents = audio.field("bytes").cast(pa.large_binary()).fill_null(b"")

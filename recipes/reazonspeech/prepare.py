@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parquet_shards import Shard, find_parquet, to_tar
+from parquet_shards import Shard, find_parquet, parquet_subsets, to_tar
 from tar_index import DAMAGED, TRUNCATED, index_shards
 
 from jahubert.errors import ConfigError, DataError, ReadError, quote
@@ -68,11 +68,18 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     interrupted run can therefore be resumed, and if shards are added, only these are read.
 
     Raises:
-        DataError: the release is not found or ambiguous (see `find_release`), all shards of the subset are
-            missing, a file cannot be read, or too many shards or recordings are unusable.
+        DataError: the release is not found or ambiguous (see `find_parquet` and `find_release`), all shards
+            of the subset are missing, a file cannot be read, or too many shards or recordings are unusable.
         JahubertError: a process that indexes shards failed.
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
+        folder = parquet[0].parent
+        if tables := [path for release in {data, folder} for path in _table_files(release)]:
+            raise DataError(
+                f"{data}: found both parquet files ({parquet[0]}) and the table {tables[0]} of a release "
+                "with tar shards; set data= to a folder with one of them"
+            )
+        log.info("reazonspeech: number of parquet files in %s: %d", folder, len(parquet))
         yield from _prepare_parquet(parquet, work, config)
         return
     table, folder = find_release(data, config.subset)
@@ -200,7 +207,7 @@ class _Limit:
             raise DataError(self._message(len(self.damaged), self.n_shards, "shards", self.damaged[0]))
 
     def _message(self, n: int, total: int, items: str, first: Rejected) -> str:
-        remedy = "Download the files again"
+        remedy = "Correct the files or download them again"
         if n < total:
             limit = f"prepare.options.max_broken (now {self.max_broken})"
             remedy += f", or increase {limit} to leave out unusable {items}"
@@ -231,6 +238,11 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
             "with parquet files"
         )
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
+    if not releases and (others := parquet_subsets(data)):
+        raise DataError(
+            f"{data}: no parquet files for subset={subset}; found folders: {', '.join(others)}. Set subset= to "
+            "one of them"
+        )
     if len(releases) != 1:
         contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"
         raise DataError(

@@ -53,7 +53,8 @@ def no_delays(monkeypatch):
 
 def prepared(data: Path, work: Path, **options) -> tuple[Content, list[Rejected]]:
     """Return the length, caption and samples of each intact recording, and the rejected items."""
-    config = recipe.Config(subset="tiny", processes=1, dev=3, test=2, **options)
+    subset = "all" if any(data.glob("*.parquet")) else "tiny"
+    config = recipe.Config(subset=subset, processes=1, dev=3, test=2, **options)
     items = list(recipe.prepare(data, work, config, 0))
     rejected = [item for item in items if isinstance(item, Rejected)]
     content: Content = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures.csj_tree import LABELS, RATE, Segment, Talk, expected, planned, write_talk, xml_text
 
+from jahubert.errors import DataError
 from jahubert.train.data.manifest import Phone, Rejected, Utterance
 from jahubert.train.experiment.registry import recipe_module
 
@@ -106,3 +107,18 @@ def test_xml_transcript_is_read_despite_unknown_phonemes(tmp_path):
     path.write_text(text.replace('PhonemeEntity="', 'PhonemeEntity="x'), encoding="utf-8")
     items, _ = read(tmp_path)
     assert {item.id: (item.start, item.n_samples, item.words) for item in items} == expected([plan])
+
+
+@pytest.mark.parametrize(
+    ("declared", "codec"), [("Shift_JIS", "cp932"), ("EUC-JP", "euc-jp"), ("UTF-8", "utf-8")]
+)
+def test_xml_is_read_in_its_declared_encoding(tmp_path, declared, codec):
+    text = xml_text(Talk("A01F0055", [Segment(0, 900, [("言葉", "コトバ")])]))
+    header = re.match(r"<\?xml[^>]*\?>", text)[0] if text.startswith("<?xml") else ""
+    text = f'<?xml version="1.0" encoding="{declared}"?>' + text.removeprefix(header)
+    (tmp_path / "a.xml").write_bytes(text.encode(codec))
+    (segment,) = transcripts.read_xml(tmp_path / "a.xml").segments
+    assert segment.words[0].orthography == "言葉"
+    (tmp_path / "a.xml").write_bytes(text.encode("latin-1", "replace").replace(b"?", b"\xff\xff"))
+    with pytest.raises(DataError, match=r"a\.xml"):
+        transcripts.read_xml(tmp_path / "a.xml")

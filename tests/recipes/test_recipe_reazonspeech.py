@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,7 +36,8 @@ tar_index, parquet_shards = sys.modules["tar_index"], sys.modules["parquet_shard
 
 def read(data: Path | None, work: Path, **options):
     """Return the utterances and the rejected items."""
-    config = recipe.Config(**{"subset": "tiny", "processes": 1, **options})
+    subset = "all" if data is not None and any(data.glob("*.parquet")) else "tiny"
+    config = recipe.Config(**{"subset": subset, "processes": 1, **options})
     items = list(recipe.prepare(data, work, config, 0))
     rows = [item for batch in items if isinstance(batch, Utterances) for item in batch]
     return rows, [item for item in items if isinstance(item, Rejected)]
@@ -326,6 +328,42 @@ def test_damaged_parquet_recordings_and_files_are_rejected(tmp_path):
         (folder / "x.parquet").write_bytes(content)
         with pytest.raises(DataError, match=r"x.parquet.*(parquet|transcription)"):
             read(folder, tmp_path / "work2")
+
+
+def test_subset_selects_a_folder_of_parquet_files(tmp_path):
+    """A subset that selects nothing, and a folder with two kinds of shards, are reported."""
+    flat = Release(tmp_path / "flat", shards=1, rows=2).write_parquet()
+    hub = tmp_path / "hub" / "tiny" / "train"
+    hub.parent.mkdir(parents=True)
+    flat.rename(hub)
+    assert len(read(tmp_path / "hub", tmp_path / "work", subset="tiny")[0]) == 2
+    assert len(read(hub, tmp_path / "work")[0]) == 2
+    with pytest.raises(DataError, match="subset=tiny"):
+        read(hub, tmp_path / "work", subset="tiny")
+    with pytest.raises(DataError, match=r"subset=all.*tiny"):
+        read(tmp_path / "hub", tmp_path / "work", subset="all")
+    release = Release(tmp_path / "both", shards=1, rows=2).write()
+    shutil.copy(next(hub.glob("*.parquet")), release / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet.*\.tsv"):
+        read(release, tmp_path / "work")
+
+
+def test_columns_of_parquet_files_may_vary_or_are_named(tmp_path):
+    content = flac(4000)
+    tables = {
+        "no-path": {"audio": [{"bytes": content}], "text": ["一"]},
+        "numbers": {"audio": [{"bytes": content}], "name": [7], "text": ["一"]},
+    }
+    for name, columns in tables.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(columns), tmp_path / name / "x.parquet")
+        rows, rejected = read(tmp_path / name, tmp_path / "work" / name)
+        assert [row.text for row in rows] == ["一"] and not rejected
+    (tmp_path / "decoded").mkdir()
+    decoded = {"audio": [{"array": [0.0], "sampling_rate": RATE}], "text": ["一"]}
+    pq.write_table(pa.table(decoded), tmp_path / "decoded" / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet.*bytes.*sampling_rate"):
+        read(tmp_path / "decoded", tmp_path / "work")
 
 
 @pytest.mark.parametrize(
