@@ -203,6 +203,11 @@ _WORDS = (
     (r"マエウリ", "マエ|ウリ"),
     (r"ヤスウリ", "ヤス|ウリ"),
     (r"メイシャ$", "メ|イシャ"),
+    (r"ミズウミ", "ミズ|ウミ"),
+    (r"^コウマ$", "コ|ウマ"),
+    (r"ウケイレ", "ウケ|イレ"),
+    (r"^テイレ$", "テ|イレ"),
+    (r"^ケイト$", "ケ|イト"),
     (r"([カバマサ])ア(?=サン|サマ|チャン)", r"\1ー"),
     (r"^([アマサナハ])ア$", r"\1ー"),
     (r"([ニジ])イ(?=サン|サマ|チャン)", r"\1ー"),
@@ -216,7 +221,9 @@ _WORDS = (
 )
 # Verbs with readings that no noun has. Other verbs are distinguished from nouns by their surface form: 追う
 # from 王, 酔う from 用.
-_VERBS = re.compile(r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア)ウ$")
+_VERBS = re.compile(
+    r"^(?:オモ|マヨ|サソ|アラソ|タダヨ|ウルオ|ニオ|オソ|ツクロ|ノロ|キソイア|トトノ|スク|クル|フル|ヌグ|マト|ツド|ムク)ウ$"
+)
 # Kanji -> regular expression for the start of its readings, whose first vowel is not merged with a preceding
 # vowel.
 _KANJI_STARTS = {
@@ -280,6 +287,32 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
         row = _ROW_OF.get(out[-1]) if out else None
         out.append("ー" if (row, char) in _LONG else char)
     return "".join(out).replace("|", "").translate(str.maketrans("ヂヅヲ", "ジズオ"))
+
+
+# Particles in a sentence that is spelled in kana, with one word per item -> pronunciation
+_PARTICLES = {
+    "ハ": "ワ",
+    "ヘ": "エ",
+    "ニハ": "ニワ",
+    "トハ": "トワ",
+    "ヘハ": "エワ",
+    "ヘモ": "エモ",
+    "ヘノ": "エノ",
+}
+
+
+def normalize_kana_words(words: Sequence[str], surface: str | None = None) -> list[str]:
+    """Convert the orthographic readings of the words of a sentence to their pronunciations in katakana.
+
+    は and へ are particles if they are words of their own after the first word: わたし は becomes ワタシ ワ.
+
+    Args:
+        surface: the sentence as written, which is used if it has only one word (see `normalize_kana`).
+    """
+    if len(words) == 1:
+        return [normalize_kana(words[0], surface or None)]
+    spoken = [normalize_kana(word) for word in words]
+    return [spoken[0], *(_PARTICLES.get(word, word) for word in spoken[1:])] if spoken else []
 
 
 def _mark_parts(text: str, surface: str) -> str:

@@ -13,6 +13,7 @@ from jahubert.phonemes import (
     PhonemeSet,
     kana_to_phones,
     normalize_kana,
+    normalize_kana_words,
     phones_to_kana,
     to_katakana,
 )
@@ -144,6 +145,25 @@ def test_every_phone_sequence_has_a_spelling():
 )
 def test_kana_are_normalized(reading, surface, kana):
     assert normalize_kana(reading, surface) == kana
+
+
+@pytest.mark.parametrize(
+    ("words", "surface", "spoken"),
+    [
+        ("わたし は がっこう へ いく", "私は学校へ行く", "ワタシ ワ ガッコー エ イク"),
+        ("いえ には いない とは いえ", None, "イエ ニワ イナイ トワ イエ"),
+        ("は が いたい", None, "ハ ガ イタイ"),
+        ("ワタシ ワ イク", None, "ワタシ ワ イク"),
+        ("は", None, "ハ"),
+        ("おう", "追う", "オウ"),
+        ("おう", "王", "オー"),
+        ("かみ を ととのう", None, "カミ オ トトノウ"),
+        ("みずうみ", "湖", "ミズウミ"),
+        ("", None, ""),
+    ],
+)
+def test_words_of_a_sentence_in_kana_are_read_in_context(words, surface, spoken):
+    assert " ".join(normalize_kana_words(words.split(), surface)) == spoken
 
 
 def test_to_katakana_keeps_other_characters():

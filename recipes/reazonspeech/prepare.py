@@ -240,8 +240,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if not releases and (others := parquet_subsets(data)):
         raise DataError(
-            f"{data}: no parquet files for subset={subset}; found folders: {', '.join(others)}. Set subset= to "
-            "one of them"
+            f"{data}: no parquet files for subset={subset}; set it to one of: {', '.join(others)}one of them"
         )
     if len(releases) != 1:
         contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"

@@ -21,7 +21,7 @@ from table_sources import Row, normalize_split, read_rows, unique_ids
 from jahubert.audio import AudioSource
 from jahubert.errors import AudioError, ConfigError, DataError, quote
 from jahubert.frames import SAMPLE_RATE
-from jahubert.phonemes import kana_to_phones, normalize_kana
+from jahubert.phonemes import kana_to_phones, normalize_kana_words
 from jahubert.train.data.manifest import Rejected, Utterance
 from jahubert.train.data.utterances import UNUSABLE_AUDIO, is_file, is_folder, read_reliably, too_many
 
@@ -197,7 +197,8 @@ def _utterances(
         return
     end = min(end, length)
     try:
-        words = tuple(tuple(kana_to_phones(normalize_kana(word))) for word in row.kana.split())
+        spoken = normalize_kana_words(row.kana.split(), row.text)
+        words = tuple(tuple(kana_to_phones(word)) for word in spoken)
     except DataError as error:
         yield Rejected(row.id, "invalid kana", f"{row.where}: {error}")
         return

@@ -271,7 +271,7 @@ def _json_records(path: Path) -> _Records:
         if problem := _encoding_problem(line):
             yield number, problem
             continue
-        if line.lstrip().startswith("["):
+        if line.strip() == "[" or line.lstrip().startswith("[{"):
             raise DataError(
                 f"{path}:{number}: the file has a list of objects, but one object per line is expected; "
                 "convert it with: jq -c '.[]'"

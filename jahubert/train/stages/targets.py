@@ -31,7 +31,7 @@ from jahubert.train.text.user_dictionary import read_words
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from typing import Any
 from jahubert.errors import DataError, MissingExtraError, quote
 from jahubert.phonemes import kana_to_phones
 from jahubert.train.text.normalization import normalize_text
-from jahubert.train.text.user_dictionary import dictionary
+from jahubert.train.text.user_dictionary import dictionary, kept_words
 
 Feature = Mapping[str, Any]  # a morpheme in the format of pyopenjtalk.run_frontend
 
@@ -85,7 +85,7 @@ def analyze(text: str, words: Path | None = None) -> list[dict[str, Any]]:
         MissingExtraError: pyopenjtalk-plus is not installed.
     """
     pyopenjtalk = openjtalk()
-    normalized = normalize_text(text)
+    normalized = normalize_text(text, kept_words(words))
     try:
         morphemes = pyopenjtalk.run_frontend(normalized, predict_nani=False, jtalk=dictionary(words))
     except RuntimeError as error:  # the buffers of the analyzer have a fixed size

@@ -2,8 +2,8 @@
 
 The module spells out expressions that the dictionary of pyopenjtalk-plus skips or misreads. Groups of rules
 are applied in this order: hyphens, ordinals and versions, numeric dates, clock times, phone numbers and
-addresses, fractions, ratios and scores, ranges, signs and arithmetic, currencies, units, and internet
-addresses. Numbers with counters need no rule.
+addresses, fractions, ratios and scores, long vowels, ranges, signs and arithmetic, currencies, units, and
+internet addresses. Numbers with counters need no rule.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _SIGNS = {
 # Exponents, which NFKC would turn into additional digits of a number.
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+# Positions between circled digits, which NFKC would turn into the digits of one number.
+_CIRCLED = re.compile(r"(?<=[①-⑳])(?=[①-⑳\d])|(?<=\d)(?=[①-⑳])")
 _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
 # The analyzer reads Roman numerals as numbers. They are excluded from NFKC, which would yield letters.
 _ROMAN = re.compile(r"([Ⅰ-ⅿ]+)")
@@ -152,6 +154,15 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         ),
     ),
     (
+        # A wave dash inside a word in hiragana (は~い), or after an interjection (え~) or final particle (ね~).
+        "long vowels",
+        (
+            (rf"(?<=[ぁ-ん])(?<!から)[~～]+(?=[ぁ-ん])(?!{_SUBTITLE})", "ー"),
+            (r"(?<![ぁ-んァ-ヺ一-龠々ー])([ぁ-ん])[~～]+(?=[\s、。!?」』]|$)", r"\1ー"),
+            (r"(?<=[ねよなわさ])[~～]+(?=[\s、。!?」』]|$)", "ー"),
+        ),
+    ),
+    (
         "ranges",
         (
             (r"(?<=\d)[~～](?=\d)|(?<=\d[年月日時分人円])-(?=\d)", "から"),
@@ -171,6 +182,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
             (r"(?<=\d)x(?=\d)", "×"),
             (r"(?<=[\dA-Za-z)])=(?=[\dA-Za-z(-])", "イコール"),
             (r"(?<![A-Za-z0-9.)\]-])[-\u2212](?=\d)", "マイナス"),
+            (r"[▲△](?=\d+(?:\.\d+)?%)", "マイナス"),
             (r"(?<![A-Za-z0-9.)\]+])\+(?=\d)", "プラス"),
             (r"(?<=[A-Za-z])#", "シャープ"),
             (r"(?<![A-Za-z])#(?=\d)", "ナンバー"),
@@ -202,13 +214,23 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
 _COMPILED = [(re.compile(pattern), new) for _, rules in _RULES for pattern, new in rules]
 
 
-def normalize_text(text: str) -> str:
+def normalize_text(text: str, kept: re.Pattern[str] | None = None) -> str:
     """Apply NFKC and spell out expressions that pyopenjtalk-plus would skip or misread.
 
     NFKC is not applied to the Unicode characters for Roman numerals. Accents are removed from Latin letters,
-    and control characters become spaces.
+    control characters become spaces, and invisible format characters are removed.
+
+    Args:
+        kept: words to which only NFKC is applied, as a pattern with one group.
     """
-    text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", text)
+    if kept is not None:
+        parts = kept.split(text)
+        parts[::2] = [normalize_text(part) for part in parts[::2]]
+        parts[1::2] = [unicodedata.normalize("NFKC", part) for part in parts[1::2]]
+        return "".join(parts)
+    text = _CIRCLED.sub(" ", text)
+    text = "".join(_SIGNS.get(char, char) for char in text)
     text = _METERS.sub(_square_meters, text)
     text = _EXPONENT.sub(lambda match: f"の{match[1].translate(_SUPERSCRIPTS)}乗", text)
     parts = _ROMAN.split(text)
@@ -220,7 +242,10 @@ def normalize_text(text: str) -> str:
 
 
 def _simplify(char: str) -> str:
-    if unicodedata.category(char)[0] in "CZ":
+    category = unicodedata.category(char)
+    if category == "Cf":  # such as a zero-width space or a soft hyphen
+        return ""
+    if category[0] in "CZ":
         return " "
     base = unicodedata.normalize("NFD", char)[0]
     return base if base.isascii() and base.isalnum() else char

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import unicodedata
@@ -19,6 +20,7 @@ from typing import Any
 from jahubert.errors import DataError
 from jahubert.formats.text_lines import read_lines
 from jahubert.phonemes import kana_to_phones, normalize_kana
+from jahubert.train.text.normalization import normalize_text
 
 # These errors were found in 4,936 words with known readings (file names in the tofugu recipe) and in test
 # sentences. The comments show the uncorrected readings. Of 90 words whose readings differed from the known
@@ -65,6 +67,10 @@ _ENDINGS = {
     ICHIDAN: ("ル 基本形", " 連用形", " 未然形", "レ 仮定形", "ロ 命令ｒｏ", "ヨ 未然ウ接続"),
     GODAN_RA: ("ル 基本形", "リ 連用形", "ラ 未然形", "ッ 連用タ接続", "レ 仮定形", "ロ 未然ウ接続"),
 }
+_COMMENT = re.compile(r"(?:^|(?<=\s))#")
+# The analyzer converts ASCII characters to full-width characters, and some of them to other characters.
+_WIDE = {code: code + 0xFEE0 for code in range(ord("!"), ord("~") + 1)}
+_WIDE |= str.maketrans("-'\"`~\\", "−’”‘〜￥")
 _COST = -6000  # so low that words in the user dictionary are preferred over any other segmentation
 
 
@@ -92,18 +98,29 @@ def dictionary(path: Path | None = None) -> Any:
         )
 
 
+@cache
+def kept_words(path: Path | None) -> re.Pattern[str] | None:
+    """Return a pattern for the words of a user dictionary that `normalize_text` would change (7-11)."""
+    if path is None:
+        return None
+    words = {unicodedata.normalize("NFC", surface) for surface, _ in read_words(path)}
+    changed = [word for word in words if normalize_text(word) != unicodedata.normalize("NFKC", word)]
+    longest_first = sorted(changed, key=lambda word: (-len(word), word))
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if changed else None
+
+
 def read_words(path: Path) -> list[tuple[str, str]]:
     """Read (surface, katakana pronunciation) pairs from a user dictionary.
 
-    Each line of the file consists of the spelling of a word, a tab, and the reading in kana. `#` starts a
-    comment.
+    Each line of the file consists of the spelling of a word, a tab, and the reading in kana. `#` at the start
+    of a line or after white space starts a comment.
 
     Raises:
         DataError: the file cannot be read, or a line does not consist of a word and a reading.
     """
     words = []
     for number, line in read_lines(path, "user dictionary"):
-        line = line.partition("#")[0].rstrip()
+        line = _COMMENT.split(line)[0].rstrip()
         if not line.strip():
             continue
         surface, _, reading = (part.strip() for part in line.partition("\t"))
@@ -129,9 +146,7 @@ def _verb(stem: str, reading: str, kind: str) -> Iterator[str]:
 
 def _row(surface: str, grammar: str, kana: str) -> str:
     """Format a line of a MeCab dictionary. MeCab fills in the empty context ids."""
-    # The analyzer converts ASCII characters to full-width characters.
-    wide = unicodedata.normalize("NFKC", surface)
-    wide = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in wide)
+    wide = unicodedata.normalize("NFKC", surface).translate(_WIDE)
     return f"{wide},,,{_COST},{grammar},{wide},{kana},{kana},0/{len(kana)},*"
 
 

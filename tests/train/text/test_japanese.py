@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+import string
 import subprocess
 import sys
 import unicodedata
@@ -230,6 +231,21 @@ def test_known_errors_of_the_dictionary_are_corrected(surface):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "reading"),
+    [
+        ("は〜い", "ハーイ"), ("え〜っと", "エーット"), ("で～～す", "デース"),
+        ("え〜、次は", "エー ツギ ワ"),
+        ("そうだね〜。", "ソーダ ネー"), ("すごーい〜", "スゴーイ"), ("〜から〜まで", "カラ マデ"),
+        ("はる〜おもいで〜", "ハル オモイデ"), ("ここから〜", "ココ カラ"),
+        ("①②③", "イチ ニ サン"), ("東\u200b京", "トーキョー"), ("東\u00ad京", "トーキョー"),
+        ("前日比▲3.2%", "ゼンジツ ヒ マイナス サン テン ニ パーセント"),
+    ],
+)  # fmt: skip
+def test_captions_are_read_as_spoken(text, reading):
+    assert " ".join(kana(text)) == reading
+
+
 # --- user dictionary --------------------------------------------------------------------------------------
 
 
@@ -246,6 +262,22 @@ def test_user_dictionary_sets_readings(tmp_path):
     other.write_text("NHK杯\tエヌエイチケイハイ\n", encoding="utf-8")
     assert [word.kana for word in text_to_words("NHK杯", other)] == ["エヌエイチケーハイ"]
     assert "ジャヒューバート" not in kana("jahubert")  # without the dictionary
+
+
+def test_words_of_the_user_dictionary_may_contain_any_sign(tmp_path):
+    """Neither the normalization nor the analyzer may change a word before it is looked up."""
+    signs = [f"ヌ{sign}ヌ" for sign in string.punctuation]
+    others = ["GPT-4", "B'z", "C#", "7-11", "5-0", "2:50", "Node.js", "café", "㈱山田"]
+    path = tmp_path / "words.tsv"
+    path.write_text("".join(f"{word}\tテスト # {word}\n" for word in signs + others), encoding="utf-8")
+    for word in signs + others:
+        assert [w.kana for w in text_to_words(f"{word}です", path)] == ["テスト", "デス"], word
+    assert [w.kana for w in text_to_words("3-0です", path)] == [
+        "サン",
+        "タイ",
+        "ゼロ",
+        "デス",
+    ]  # as without it
 
 
 @pytest.mark.parametrize("line", ["名前だけ", "名前\t漢字", "名前\t", "\tナマエ", "名前\tッ"])
