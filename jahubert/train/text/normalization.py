@@ -154,7 +154,7 @@ _RULES: tuple[tuple[str, tuple[tuple[str, _Replacement], ...]], ...] = (
         ),
     ),
     (
-        # A wave dash inside a word in hiragana (は~い), or after an interjection (え~) or final particle (ね~).
+        # A wave dash between hiragana (は~い), or after an interjection (え~) or a final particle (ね~)
         "long vowels",
         (
             (rf"(?<=[ぁ-ん])(?<!から)[~～]+(?=[ぁ-ん])(?!{_SUBTITLE})", "ー"),
