@@ -186,7 +186,7 @@ def phones_to_kana(phones: Sequence[str]) -> str:
 
 # --- spelling to pronunciation ------------------------------------------------------------------------
 
-_ROW_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in VOWELS}
+_VOWEL_OF = {kana: phones[-1] for kana, phones in _READ.items() if phones[-1] in VOWELS}
 # Pairs of a vowel and a following kana that form a long vowel, unless a morpheme boundary separates them.
 _LONG = {("o", "ウ"), ("o", "オ"), ("u", "ウ"), ("e", "イ"), ("e", "エ")}
 
@@ -284,8 +284,8 @@ def normalize_kana(reading: str, surface: str | None = None) -> str:
         text = _mark_parts(text, surface)
     out: list[str] = []
     for char in text:
-        row = _ROW_OF.get(out[-1]) if out else None
-        out.append("ー" if (row, char) in _LONG else char)
+        vowel = _VOWEL_OF.get(out[-1]) if out else None
+        out.append("ー" if (vowel, char) in _LONG else char)
     return "".join(out).replace("|", "").translate(str.maketrans("ヂヅヲ", "ジズオ"))
 
 

@@ -36,13 +36,13 @@ LISTS = Path(__file__).parent / "lists"
 EVALS = ("eval1", "eval2", "eval3")
 DIFFERENT_COPIES = "different copies"  # reason for rejection
 TALK_ID = r"[A-Z]\d\d[FM]\d{4}"
-_SIDE = r"(?P<side>core|noncore)"
+_PART = r"(?P<part>core|noncore)"
 _FILE = rf"(?P<talk>{TALK_ID})(-(?P<channel>[LR])(?=\.wav))?\.(?P<kind>sdb|xml|trn|wav)"
 _LAYOUTS = (
-    ("MORPH", "SDB", _SIDE, _FILE),
-    ("XML", "BaseXML", _SIDE, _FILE),
-    ("TRN", "Form1", _SIDE, _FILE),
-    ("WAV", _SIDE, _FILE),
+    ("MORPH", "SDB", _PART, _FILE),
+    ("XML", "BaseXML", _PART, _FILE),
+    ("TRN", "Form1", _PART, _FILE),
+    ("WAV", _PART, _FILE),
     (r"dvd\d+", TALK_ID, _FILE),
     ("(CSJ2004)?", "SDB|WAV|XML|TRN", _FILE),
     ("(CSJ2004)?", "SPEECH", TALK_ID, _FILE),
@@ -73,11 +73,11 @@ def find_talks(data: Path) -> dict[str, Talk]:
         DataError: no talks were found, or a folder or fileList.csv cannot be read.
     """
     talks: dict[str, Talk] = {}
-    sides: dict[str, set[str]] = {}
+    parts: dict[str, set[str]] = {}
     for path, groups in _matches(data):
         talk = talks.setdefault(groups["talk"].upper(), Talk(groups["talk"].upper()))
-        if side := (groups.get("side") or "").lower():
-            sides.setdefault(talk.id, set()).add(side)
+        if part := (groups.get("part") or "").lower():
+            parts.setdefault(talk.id, set()).add(part)
         kind = groups["kind"].lower()
         if kind == "wav":
             files, key = talk.audio, (groups["channel"] or "").upper()
@@ -91,14 +91,14 @@ def find_talks(data: Path) -> dict[str, Talk]:
             "(DVD), or CSJ2004 with SDB and WAV"
         )
     listed = _read_file_list(data)
-    if ambiguous := sorted(id for id, names in sides.items() if len(names) > 1):
+    if ambiguous := sorted(id for id, names in parts.items() if len(names) > 1):
         log.warning(
             "csj: talks both in a folder core and in a folder noncore, for which fileList.csv or "
             "lists/core.txt is used (%d): %s",
             len(ambiguous),
             abbreviated(ambiguous),
         )
-    _mark_core(talks, {id: min(names) for id, names in sides.items() if len(names) == 1}, listed)
+    _mark_core(talks, {id: min(names) for id, names in parts.items() if len(names) == 1}, listed)
     if missing := sorted(listed.keys() - talks.keys()):
         log.warning("csj: talks in fileList.csv not found (%d): %s", len(missing), abbreviated(missing))
     return dict(sorted(talks.items()))
@@ -114,11 +114,11 @@ def compare_copies(talk: Talk) -> Iterator[Rejected]:
             yield Rejected(talk.id, DIFFERENT_COPIES, detail)
 
 
-def _mark_core(talks: Mapping[str, Talk], sides: Mapping[str, str], listed: Mapping[str, bool]) -> None:
+def _mark_core(talks: Mapping[str, Talk], parts: Mapping[str, str], listed: Mapping[str, bool]) -> None:
     """Set `core` for all talks, using the folder name, fileList.csv or lists/core.txt, in this order."""
     core = set(read_list("core"))
     sources = {
-        "folder": {id: side == "core" for id, side in sides.items()},
+        "folder": {id: part == "core" for id, part in parts.items()},
         "fileList.csv": listed,
         "lists/core.txt": {id: id in core for id in talks},
     }

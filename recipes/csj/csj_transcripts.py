@@ -25,7 +25,7 @@ from jahubert.train.data.utterances import read_bytes
 _TALK, _TIME, _ORTHOGRAPHY, _PRONUNCIATION = 2, 3, 5, 10  # columns of an SDB file, counted from 0
 _SDB_TIME = re.compile(r"(\d+) (\d{1,9}\.\d+)-(\d{1,9}\.\d+) ([LR]):.*")
 _TRN_TIME = re.compile(r"(\d{4,}) (\d{1,9}\.\d+)-(\d{1,9}\.\d+) ([LR]):.*")
-_EVENTS = re.compile(r"(\s*<[^<>]*>)+\s*")
+_EVENT_TAGS = re.compile(r"(\s*<[^<>]*>)+\s*")
 UNKNOWN = ""  # symbol of a phone with an unreadable label or time
 # Signs of a wrong encoding: the replacement for bytes that cannot be decoded, and half-width kana.
 _BAD = re.compile("[\ufffd\uff61-\uff9f]")
@@ -145,7 +145,7 @@ def read_trn(path: Path) -> list[Segment]:
                 word = Word(number, "", "", problem=f"segment {name} already occurs in line {first}")
                 segments[-1].words.append(word)
             continue
-        if _EVENTS.fullmatch(line):
+        if _EVENT_TAGS.fullmatch(line):
             continue
         orthography, ampersand, pronunciation = (part.strip() for part in line.partition("&"))
         is_header = not ampersand and re.match(r"\d{4,} ", line)
@@ -196,7 +196,7 @@ def _check_times(segments: Iterable[Segment]) -> list[Segment]:
 
 def _is_event(orthography: str) -> bool:
     """Return whether a word is empty or consists only of events, whose pronunciation may be missing."""
-    return not _EVENTS.sub("", orthography).strip()
+    return not _EVENT_TAGS.sub("", orthography).strip()
 
 
 def _samples(seconds: str) -> int:
