@@ -107,26 +107,32 @@ def _check_targets(recordings: Sequence[Input], into: str, endings: Sequence[str
         ConfigError: an output file belongs to two recordings, is a recording, or exists next to its
             recording.
     """
-    owner: dict[Path, str] = {}
+    owner: dict[str, str] = {}
     labels = {os.path.realpath(item.label): item.label for item in recordings if item.label != STDIN}
     for item in recordings:
         targets = [Path(into, f"{item.base}{ending}") for ending in endings]
-        if item.base in owner:
-            raise ConfigError(
-                f"the results of {owner[item.base]} and {item.label} would both be written to {targets[0]}; "
-                "use two output folders, or give each recording once"
-            )
-        owner[item.base] = item.label
         for target in targets:
+            if (path := os.path.normpath(target)) in owner:
+                raise ConfigError(
+                    f"the results of {owner[path]} and {item.label} would both be written to {target}; "
+                    "use two output folders, or give each recording once"
+                )
+            owner[path] = item.label
             if label := labels.get(os.path.realpath(target)):
                 raise ConfigError(f"-o {into} would overwrite the input {label}; give another folder")
-            if overwrite or item.label == STDIN or not os.path.lexists(target):
-                continue
-            if os.path.realpath(target.parent) == os.path.realpath(Path(item.label).parent):
-                raise ConfigError(
-                    f"-o {into} would replace {target}, which is next to the recording and may belong to it; "
-                    "give another folder, or add --overwrite"
-                )
+            if not overwrite:
+                check_not_next_to_recording(target, item.label, f"-o {into}")
+
+
+def check_not_next_to_recording(target: Path, recording: str, given: str) -> None:
+    """Raise ConfigError, with `given` in the message, if the target exists and is next to a recording."""
+    if recording == STDIN or not os.path.lexists(target):
+        return
+    if os.path.realpath(target.parent) == os.path.realpath(Path(recording).parent):
+        raise ConfigError(
+            f"{given} would replace {target}, which is next to the recording and may belong to it; give "
+            "another name or folder, or add --overwrite"
+        )
 
 
 def _files_in(folder: str, empty: dict[str, AudioError]) -> list[Input]:

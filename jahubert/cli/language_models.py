@@ -117,6 +117,12 @@ def _read_text(args: argparse.Namespace) -> tuple[Tokenizer, Iterable[list[str]]
         raise ConfigError(f"--punctuation requires --unit character, but the unit is {args.unit}")
     tokenizer = Tokenizer(args.unit, args.punctuation)
     paths = [Path(text) for text in args.text]
+    for path in paths:
+        if path.is_dir() and not (path / "targets").is_dir():
+            raise ConfigError(
+                f"{path} is a folder, but not one of an experiment with targets; give the text files in it, "
+                f"such as {path}/*.txt"
+            )
 
     def sentences() -> Iterable[list[str]]:
         texts = [path for path in paths if not path.is_dir()]

@@ -11,12 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jahubert.cli.console import CommandProgress, Input, check_output_file, check_output_folder, needs_names
+from jahubert.cli.console import (
+    CommandProgress,
+    Input,
+    check_not_next_to_recording,
+    check_output_file,
+    check_output_folder,
+    needs_names,
+)
 from jahubert.errors import ConfigError
 from jahubert.inference import writers
 
 if TYPE_CHECKING:
-    from jahubert.inference.transcribe import Transcript, TranscriptSegment
+    from jahubert.inference.transcribe import Transcript, TranscriptSegment, Word
 
 WHOLE_FILE_FORMATS = ("srt", "vtt", "textgrid", "audacity")  # these cannot be printed for several recordings
 
@@ -74,6 +81,9 @@ def parse_output(args: argparse.Namespace) -> Output:
         check_output_file(
             args.output, [*args.audio, *filter(None, (args.lm, args.lexicon, args.calibration))]
         )
+        if not args.overwrite:
+            for recording in args.audio:
+                check_not_next_to_recording(Path(args.output), recording, f"-o {args.output}")
         return Output(formats, args.phonemes, named, file=Path(args.output))
     if args.output is not None:
         suffixes = ", ".join(suffix for suffix, _ in writers.FORMATS.values())
@@ -187,10 +197,13 @@ def mark_uncertain(transcript: Transcript) -> Transcript:
     """Append (?) to the words that are more likely wrong than correct."""
     from jahubert.inference.confidence import LOW_CONFIDENCE
 
-    words = (
-        replace(word, kana=word.kana + "(?)", written=word.written and word.written + "(?)")
-        if word.confidence < LOW_CONFIDENCE
-        else word
-        for word in transcript.words
-    )
+    def marked(word: Word) -> Word:
+        return replace(
+            word,
+            kana=word.kana + "(?)",
+            written=word.written and word.written + "(?)",
+            phonemes=(*word.phonemes[:-1], word.phonemes[-1] + "(?)"),
+        )
+
+    words = (marked(word) if word.confidence < LOW_CONFIDENCE else word for word in transcript.words)
     return replace(transcript, words=tuple(words))

@@ -20,7 +20,7 @@ def read_lines(path: Path, content: str) -> Iterator[tuple[int, str]]:
     """Yield (number, line) for each line of a UTF-8 file, skipping a byte order mark.
 
     Args:
-        path: a text file, compressed if its name ends in `.gz`; `-` is standard input.
+        path: a text file, which may be compressed with gzip; `-` is standard input.
         content: what the file contains, for messages, such as "lexicon".
 
     Raises:
@@ -50,4 +50,6 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     with path.open("rb") as file:
-        yield open_gzip(file, path) if path.suffix == ".gz" else file
+        is_compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        yield open_gzip(file, path) if is_compressed else file

@@ -155,10 +155,10 @@ def _n_equal(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def word_features(words: Sequence[Sequence[Span]]) -> list[WordFeatures]:
     """Compute the features of all words of an utterance from spans that `align_best` returned."""
-    utterance = _mean(span.score for word in words for span in word)
+    utterance = _clipped_mean(span.score for word in words for span in word)
     return [
         WordFeatures(
-            _mean(span.score for span in word),
+            _clipped_mean(span.score for span in word),
             utterance,
             min(span.posterior for span in word),
             max(_FLOOR, sum(span.lm_logp for span in word) / (len(word) + 1)),
@@ -167,7 +167,7 @@ def word_features(words: Sequence[Sequence[Span]]) -> list[WordFeatures]:
     ]
 
 
-def _mean(logps: Iterable[float]) -> float:
+def _clipped_mean(logps: Iterable[float]) -> float:
     clipped = [max(_FLOOR, min(0.0, logp)) for logp in logps]
     return sum(clipped) / max(1, len(clipped))
 

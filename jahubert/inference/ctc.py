@@ -371,12 +371,12 @@ def _backtrace(
                 continue
             sequence = symbols[:, row, i]
             labels = sequence[sequence != blank].tolist()
-            spoken = None
+            written = None
             if fusion is not None and fusion.words:
-                spoken = tuple(fusion.words[w] for w in words[:, row, i] if w >= 0)
+                written = tuple(fusion.words[w] for w in words[:, row, i] if w >= 0)
                 if incomplete:
                     labels = _complete_words(labels, fusion.boundary)
-            hypotheses.append(Hypothesis(tuple(labels), score, spoken))
+            hypotheses.append(Hypothesis(tuple(labels), score, written))
         results.append(hypotheses)
     return results
 

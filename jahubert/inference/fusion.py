@@ -44,14 +44,14 @@ class Rows:
 
     Attributes:
         score_RC: score that each continuation adds to the log-probability, or -inf if it is impossible.
-        next_RC: state after each continuation.
+        next_state_RC: state after each continuation.
         word_RC: index of the word that each continuation completes, or -1; None without a lexicon.
         final_R: score added at the end of the utterance, or -inf if a word is incomplete.
         final_word_R: index of the word that the end of the utterance completes, or -1.
     """
 
     score_RC: np.ndarray
-    next_RC: np.ndarray
+    next_state_RC: np.ndarray
     word_RC: np.ndarray | None
     final_R: np.ndarray
     final_word_R: np.ndarray
@@ -123,7 +123,8 @@ class SymbolFusion(Fusion):
 
     Raises:
         ConfigError: the weight or bonus is not finite.
-        DataError: the symbols of the head have less than half of the model's unigram probability.
+        DataError: the model lacks the word boundary of the head, or the symbols of the head have less than
+            half of the model's unigram probability.
     """
 
     def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float, word_bonus: float = 0.0):
@@ -137,6 +138,12 @@ class SymbolFusion(Fusion):
         labels = [label for label in range(len(symbols)) if label != symbols.blank]
         self.label_C = np.array(labels)
         names = [symbols.symbols[label] for label in labels]
+        if symbols.boundary >= 0 and (boundary := symbols.symbols[symbols.boundary]) not in model.index:
+            raise DataError(
+                f"the language model lacks the word boundary {boundary}, so the output would have no "
+                "words; train it on text with this symbol between words, for example with jahubert ngram "
+                "--unit phone"
+            )
         self.word_C = model.word_ids(names)
         share = _unigram_share(model, self.word_C)
         if share < 0.5:
@@ -159,17 +166,17 @@ class SymbolFusion(Fusion):
     def expand(self, state_R: np.ndarray) -> Rows:
         shape = (len(state_R), len(self.symbols))
         score_RC = np.zeros(shape, np.float32)
-        next_RC = np.repeat(state_R[:, None], shape[1], 1)
+        next_state_RC = np.repeat(state_R[:, None], shape[1], 1)
         logp_RV, next_RV = self.model.rows(state_R)
         known = self.word_C >= 0
         columns, words = self.label_C[known], self.word_C[known]
         score_RC[:, columns] = self.lm_weight * logp_RV[:, words] + self.word_bonus
-        next_RC[:, columns] = next_RV[:, words]
+        next_state_RC[:, columns] = next_RV[:, words]
         for column in self.label_C[~known]:
-            logp_R, next_RC[:, column] = self.model.score(state_R, np.full(shape[0], -1))
+            logp_R, next_state_RC[:, column] = self.model.score(state_R, np.full(shape[0], -1))
             score_RC[:, column] = self.lm_weight * logp_R + self.word_bonus
         final_R = self.lm_weight * _end_logp(self.model, state_R)
-        return Rows(score_RC, next_RC, None, final_R, np.full(shape[0], -1))
+        return Rows(score_RC, next_state_RC, None, final_R, np.full(shape[0], -1))
 
 
 # Root nodes of the prefix tree: at the start of the utterance, where a boundary is allowed, and after a
@@ -291,7 +298,7 @@ class LexiconFusion(Fusion):
         n_rows, n_columns = len(state_R), len(self.symbol_C)
         rows = Rows(
             score_RC=np.full((n_rows, n_columns), -np.inf, np.float32),
-            next_RC=np.repeat(state_R[:, None], n_columns, 1),
+            next_state_RC=np.repeat(state_R[:, None], n_columns, 1),
             word_RC=np.full((n_rows, n_columns), -1, np.int32),
             final_R=np.full(n_rows, -np.inf),
             final_word_R=np.full(n_rows, -1),
@@ -314,13 +321,13 @@ class LexiconFusion(Fusion):
         row_N = np.repeat(np.arange(len(node_R)), last_R - first_R)
         symbol_N, child_N = lexicon.arc_A[arc_N] % len(lexicon.symbols), lexicon.child_A[arc_N]
         rows.score_RC[row_N, symbol_N] = self.look_ahead[child_N] - self.look_ahead[node_R[row_N]]
-        rows.next_RC[row_N, symbol_N] = self._states(child_N, lm_R[row_N])
+        rows.next_state_RC[row_N, symbol_N] = self._states(child_N, lm_R[row_N])
 
     def _add_word_gaps(self, rows: Rows, node_R: np.ndarray, lm_R: np.ndarray) -> None:
         """Add the boundary before the first word, and the end of the utterance between words."""
         begin_R = np.flatnonzero(node_R == _BEGIN)
         rows.score_RC[begin_R, self.boundary] = 0.0
-        rows.next_RC[begin_R, self.boundary] = self._states(_ROOT, lm_R[begin_R])
+        rows.next_state_RC[begin_R, self.boundary] = self._states(_ROOT, lm_R[begin_R])
         between_R = np.flatnonzero(node_R <= _ROOT)
         rows.final_R[between_R] = self._final(lm_R[between_R])
 
@@ -343,7 +350,7 @@ class LexiconFusion(Fusion):
             logp_N, next_lm_N = self.model.score(lm_R[row_N], self.model_word_W[word_N])
         score_N = self.lm_weight * logp_N + self.word_bonus - self.look_ahead[node_R[row_N]]
         rows.score_RC[row_N, column_N] = score_N
-        rows.next_RC[row_N, column_N] = self._states(_ROOT, next_lm_N)
+        rows.next_state_RC[row_N, column_N] = self._states(_ROOT, next_lm_N)
         rows.word_RC[row_N, column_N] = word_N
         final_N = score_N + self._final(next_lm_N)
         order_N = np.argsort(final_N, kind="stable")  # ascending: the best word of a row is assigned last
@@ -450,7 +457,7 @@ class RowCache:
     def _clear(self) -> None:
         self._row_of: dict[int, int] = {}
         self.state_R = np.empty(0, np.int64)
-        self.next_RC = np.empty((0, self.n_columns), np.int64)
+        self.next_state_RC = np.empty((0, self.n_columns), np.int64)
         self.score_RC = torch.empty(0, self.n_columns, dtype=self.dtype, device=self.device)
         self.next_row_RC = torch.empty(0, self.n_columns, dtype=torch.int64, device=self.device)
         self.word_RC = torch.empty(0, self.n_columns, dtype=torch.int32, device=self.device)
@@ -476,7 +483,7 @@ class RowCache:
         pending_BK = next_BK < 0
         if bool(pending_BK.any()):
             row, column = row_BK[pending_BK], column_BK[pending_BK]
-            states = self.next_RC[row.cpu().numpy(), column.cpu().numpy()]
+            states = self.next_state_RC[row.cpu().numpy(), column.cpu().numpy()]
             new = torch.from_numpy(self.rows(states)).to(self.device)
             self.next_row_RC[row, column] = new
             next_BK[pending_BK] = new
@@ -497,7 +504,7 @@ class RowCache:
             self._grow(max(256, 2 * last))
         self._row_of.update(zip(states.tolist(), range(first, last), strict=True))
         self.state_R[first:last] = states
-        self.next_RC[first:last] = rows.next_RC
+        self.next_state_RC[first:last] = rows.next_state_RC
         score_RC = torch.from_numpy(rows.score_RC).to(self.device, self.dtype)
         self.score_RC[first:last] = score_RC
         # The blank and impossible continuations do not change the state.
@@ -512,7 +519,7 @@ class RowCache:
 
     def _grow(self, n_rows: int) -> None:
         n_old = len(self.state_R)
-        for name in ("state_R", "next_RC"):
+        for name in ("state_R", "next_state_RC"):
             old = getattr(self, name)
             new = np.empty((n_rows, *old.shape[1:]), old.dtype)
             new[:n_old] = old

@@ -271,16 +271,19 @@ class Transcriber:
                 f"{model_name(source)} has no {missing}, so it cannot transcribe; use a bundle written by "
                 "the finetune stage, or another CTC model"
             )
+        for name in ("lm_weight", "word_bonus"):  # None is the default
+            if options.get(name, 0.0) is None:
+                del options[name]
         own: dict[str, Any] = {}  # language model options of the model itself
         if (ngram := bundle.language_model) is not None:
             own = {"lm": ngram.path, "lm_weight": ngram.weight, "word_bonus": ngram.word_bonus}
         if "lm" not in options and options.get("lexicon") is None:
             options = own | options
         # The stored calibration does not hold for another search.
-        is_own = options.get("beam", DEFAULT_BEAM) == DEFAULT_BEAM and all(
+        is_calibrated_search = options.get("beam", DEFAULT_BEAM) == DEFAULT_BEAM and all(
             options.get(name) == own.get(name) for name in ("lm", "lm_weight", "word_bonus", "lexicon")
         )
-        if is_own and (stored := bundle.info.get(CALIBRATION_KEY)) is not None:
+        if is_calibrated_search and (stored := bundle.info.get(CALIBRATION_KEY)) is not None:
             options = {"calibration": Calibration.from_json(stored)} | options
         return cls(bundle.ctc, bundle.phonemes, **options)
 

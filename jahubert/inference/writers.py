@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # A subtitle cue ends at a pause, or before it becomes too long to read.
 CUE_PAUSE = 0.6  # minimum length of such a pause in seconds
 CUE_LENGTH = 7.0  # maximum duration of a cue with more than one word, in seconds
-CUE_KANA = 40  # maximum number of characters, not counting spaces, in a cue with more than one word
+CUE_CHARACTERS = 40  # maximum number of characters, not counting spaces, in a cue with more than one word
 CUE_MIN_LENGTH = 0.8  # minimum duration of a cue in seconds, unless the next cue starts earlier
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -157,8 +158,12 @@ def textgrid(transcript: Transcript) -> str:
 
 
 def audacity(transcript: Transcript) -> str:
-    """Return a label file for Audacity (File, Import, Labels) with one label per word."""
-    return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.text}\n" for word in transcript.words)
+    """Return a label file for Audacity (File, Import, Labels) with one label per word.
+
+    The text of models without a word boundary is split as in subtitles.
+    """
+    words = chain.from_iterable(map(_pieces, transcript.words))
+    return "".join(f"{word.start:.6f}\t{word.end:.6f}\t{word.text}\n" for word in words)
 
 
 # Format name -> suffix of the file name, and writer.
@@ -226,7 +231,7 @@ def _spell_phonemes(transcript: Transcript, boundary: str) -> Transcript:
 def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
     """Group words into subtitle cues (start, end, text)."""
     groups: list[list[Word]] = []
-    for word in words:
+    for word in chain.from_iterable(map(_pieces, words)):
         if groups and _fits(word, groups[-1]):
             groups[-1].append(word)
         else:
@@ -240,12 +245,36 @@ def _cues(words: Iterable[Word]) -> list[tuple[float, float, str]]:
     return cues
 
 
+def _pieces(word: Word) -> Iterator[Word]:
+    """Split the word of a model without a word boundary, which is a whole segment, into parts for cues."""
+    if word.written or word.kana != "".join(word.phonemes) or len(word.times) != len(word.phonemes):
+        yield word
+        return
+    first = 0
+    for index, (start, end) in enumerate(word.times):
+        if index > first and (
+            start - word.times[index - 1][1] >= CUE_PAUSE
+            or end - word.times[first][0] > CUE_LENGTH
+            or index - first >= CUE_CHARACTERS
+        ):
+            yield _part(word, first, index)
+            first = index
+    yield _part(word, first, len(word.times))
+
+
+def _part(word: Word, first: int, last: int) -> Word:
+    """Return the symbols from `first` to `last`, exclusive, of a word as a word."""
+    symbols, times = word.phonemes[first:last], word.times[first:last]
+    start, end = times[0][0], times[-1][1]
+    return replace(word, kana="".join(symbols), phonemes=symbols, times=times, start=start, end=end)
+
+
 def _fits(word: Word, cue: list[Word]) -> bool:
     """Return whether a word can be appended to a cue."""
-    n_kana = sum(len(w.text.replace(" ", "")) for w in [*cue, word])
+    n_characters = sum(len(w.text.replace(" ", "")) for w in [*cue, word])
     pause = word.start - cue[-1].end
     length = word.end - cue[0].start
-    return pause < CUE_PAUSE and length <= CUE_LENGTH and n_kana <= CUE_KANA
+    return pause < CUE_PAUSE and length <= CUE_LENGTH and n_characters <= CUE_CHARACTERS
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -54,6 +54,7 @@ class _Reader:
         self.path = path
         self.file = file
         self.number = 0  # number of the current line
+        self.ahead: bytes | None = None  # the current line, if `_line` is to return it again
         self.words: list[str] = []
         self.index: dict[bytes, int] = {}
 
@@ -78,6 +79,9 @@ class _Reader:
 
     def _line(self) -> bytes:
         """Return the next line without surrounding white space."""
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            return ahead
         line = self.file.readline(MAX_LINE)
         self.number += 1
         if not line:
@@ -149,9 +153,10 @@ class _Reader:
         )
 
     def _rows(self) -> Iterator[list[bytes]]:
-        """Yield the fields of each line in a section, up to the empty line after the section."""
-        while parts := self._line().split():
-            yield parts
+        """Yield the fields of each line in a section, up to an empty line or the next header."""
+        while (line := self._line()) and not line.startswith(b"\\"):
+            yield line.split()
+        self.ahead = line or None
 
     def _add_word(self, word: bytes) -> None:
         try:

@@ -17,6 +17,7 @@ import numpy as np
 from jahubert.errors import DataError, quote
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+UNKNOWNS = (UNKNOWN, "<UNK>")  # names of the unknown word in ARPA files of different toolkits
 # Log-probability of an unknown word if the model has no <unk>, as in KenLM.
 UNSEEN_LOGP = -100.0 * np.log(10.0)
 
@@ -64,7 +65,7 @@ class NGram:
         self.index = {word: i for i, word in enumerate(self.words)}
         self.start_word = self.index.get(START, -1)
         self.end_word = self.index.get(END, -1)
-        self.unknown_word = self.index.get(UNKNOWN, -1)
+        self.unknown_word = next((self.index[name] for name in UNKNOWNS if name in self.index), -1)
         if self.counts[0] != len(self.words):
             raise DataError(
                 f"the number of words in the vocabulary ({len(self.words)}) differs from the number of "
@@ -243,13 +244,15 @@ def perplexity(model: NGram, sentences: Iterable[Sequence[str]]) -> Perplexity:
     """Score a text, given as one sequence of words per sentence.
 
     Raises:
-        DataError: there are no sentences.
+        DataError: there are no sentences, or the model has no sentence end.
     """
+    if model.end_word < 0:
+        raise DataError(f"the language model lacks {END}, so it cannot score sentences; train it with {END}")
     logp = unknown_logp = 0.0
     n_sentences = n_words = n_unknown = 0
     for sentence in sentences:
         logps = model.sentence_logp(sentence)
-        is_unknown = [word not in model.index or word == UNKNOWN for word in sentence]
+        is_unknown = [word not in model.index or word in UNKNOWNS for word in sentence]
         logp += float(logps.sum())
         unknown_logp += float(logps[:-1][is_unknown].sum())
         n_sentences += 1

@@ -81,7 +81,10 @@ def test_uncertain_words_are_marked_on_a_terminal_only(bundle, folder, capsys, m
     ):
         patch.setattr(sys, "stdout", stream)
         assert main(arguments) == 0
-    assert terminal.written.split() == [word + mark for word in words]
+        assert main([*arguments, "--phonemes"]) == 0
+    written = terminal.written.split()
+    assert written[: len(words)] == [word + mark for word in words]
+    assert "".join(written[len(words) :]).count("(?)") == (len(words) if mark else 0)
 
 
 def test_json_always_has_confidences(bundle, folder, capsys):
@@ -788,9 +791,17 @@ def test_plan_names_the_missing_extra(package):
     assert result.returncode == 2 and ".[train]" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_results_of_two_recordings_never_have_the_same_name(bundle, folder, capsys):
+    shutil.copy("data/a.wav", "data/a.labels.wav")
+    assert main(["transcribe", "data", "--model", bundle, "-f", "all", "-o", "out"]) == 2
+    assert "a.labels.txt" in capsys.readouterr().err and not Path("out").exists()
+
+
 def test_files_next_to_recordings_are_not_replaced(bundle, folder, capsys):
     """They may be hand-written transcripts, in the layout that recipe=table reads."""
     Path("data/a.txt").write_text("人手の書き起こし")
+    assert main(["transcribe", "data/a.wav", "--model", bundle, "-o", "data/a.txt"]) == 2
+    assert "data/a.txt" in capsys.readouterr().err
     assert main(["transcribe", "data", "--model", bundle, "-o", "data"]) == 2
     assert "data/a.txt" in capsys.readouterr().err
     assert Path("data/a.txt").read_text() == "人手の書き起こし" and not list(Path("data/sub").glob("*.txt"))

@@ -65,6 +65,17 @@ def test_lexicon_lists_the_words_with_their_pronunciations(tmp_path, text, optio
     assert {word for word, _ in entries} <= set(read_arpa(tmp_path / "lm.arpa").words)
 
 
+def test_gzip_text_may_have_any_name_and_folders_are_explained(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    packed = tmp_path / "texts" / "text.txt"
+    packed.write_bytes(gzip.compress("雨\n".encode()))
+    out = tmp_path / "lm.arpa"
+    assert main(["ngram", str(packed), "--unit", "character", "-o", str(out)]) == 0
+    assert "雨" in read_arpa(out).words
+    assert main(["ngram", str(tmp_path / "texts"), "--unit", "character", "-o", str(out)]) == 2
+    assert "texts/*.txt" in capsys.readouterr().err
+
+
 def test_text_is_read_from_gzip_and_standard_input(tmp_path, text, monkeypatch):
     packed = tmp_path / "text.txt.gz"
     packed.write_bytes(gzip.compress("雨\n".encode()))

@@ -20,7 +20,7 @@ from jahubert.inference.fusion import Lexicon, LexiconFusion, SymbolFusion, load
 from jahubert.lm.arpa import read_arpa, write_arpa
 from jahubert.lm.kneser_ney import train_ngram
 from jahubert.lm.lexicon import read_lexicon, write_lexicon
-from jahubert.phonemes import BLANK, PhonemeSet
+from jahubert.phonemes import BLANK, BOUNDARY, PhonemeSet
 
 SYMBOLS = PhonemeSet((BLANK, "|", "a", "k", "i"))
 ENTRIES = [
@@ -241,11 +241,20 @@ def test_words_of_probability_zero_have_finite_scores(tmp_path, word_model, weig
 @pytest.mark.parametrize(("missing", "level"), [(1, "INFO"), (20, "WARNING")])
 def test_many_missing_symbols_cause_a_warning(tmp_path, caplog, missing, level):
     symbols = PhonemeSet.standard()
-    names = [name for name in symbols.symbols if name != BLANK]
-    write_arpa(train_ngram([names[missing:]], 1), tmp_path / "a.arpa")
+    names = [name for name in symbols.symbols if name not in (BLANK, BOUNDARY)]
+    write_arpa(train_ngram([[BOUNDARY, *names[missing:]]], 1), tmp_path / "a.arpa")
     with caplog.at_level("INFO"):
         load_fusion(symbols, tmp_path / "a.arpa")
     assert [record.levelname for record in caplog.records if "symbols" in record.message] == [level]
+
+
+def test_ngram_without_the_word_boundary_is_rejected(tmp_path):
+    """It would score every word boundary as unknown, so that the output would have no words."""
+    symbols = PhonemeSet.standard()
+    names = [name for name in symbols.symbols if name not in (BLANK, BOUNDARY)]
+    write_arpa(train_ngram([names], 1), tmp_path / "a.arpa")
+    with pytest.raises(DataError, match=r"word boundary \|"):
+        load_fusion(symbols, tmp_path / "a.arpa")
 
 
 def test_byte_order_mark_is_skipped(tmp_path, symbol_model):

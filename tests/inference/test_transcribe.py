@@ -449,7 +449,7 @@ def test_lexicon_writes_kanji(ctc, tmp_path):
 def with_ngram(ctc, tmp_path_factory):
     """Return a bundle with a bigram model that was trained on two sentences."""
     folder = tmp_path_factory.mktemp("ngram")
-    write_arpa(train_ngram([["k", "a", "s", "a"], ["a", "a"]], 2), folder / "phones.arpa.gz")
+    write_arpa(train_ngram([["k", "a", "s", "a"], ["a", "|", "a"]], 2), folder / "phones.arpa.gz")
     ngram = LanguageModel(folder / "phones.arpa.gz", weight=0.7, word_bonus=1.5)
     return save_bundle(folder / "bundle", ctc=ctc, phonemes=PHONEMES, language_model=ngram)
 
@@ -459,8 +459,11 @@ def test_ngram_of_the_model_is_used_unless_another_is_given(with_ngram, tmp_path
     assert (fusion.lm_weight, fusion.word_bonus) == (0.7, 1.5)
     fusion = Transcriber.from_pretrained(with_ngram, device="cpu", lm_weight=0.2).fusion
     assert (fusion.lm_weight, fusion.word_bonus) == (0.2, 1.5)
+    defaults = {"lm_weight": None, "word_bonus": None}
+    fusion = Transcriber.from_pretrained(with_ngram, device="cpu", **defaults).fusion
+    assert (fusion.lm_weight, fusion.word_bonus) == (0.7, 1.5)
     assert Transcriber.from_pretrained(with_ngram, device="cpu", lm=None).fusion is None
-    write_arpa(train_ngram([["a", "k", "a"]], 2), tmp_path / "other.arpa")
+    write_arpa(train_ngram([["a", "|", "k", "a"]], 2), tmp_path / "other.arpa")
     fusion = Transcriber.from_pretrained(with_ngram, device="cpu", lm=tmp_path / "other.arpa").fusion
     assert (fusion.lm_weight, fusion.word_bonus) == (0.5, 0.0)
     (tmp_path / "words.txt").write_text("雨 a m e\n", encoding="utf-8")
@@ -541,6 +544,7 @@ def test_calibration_of_the_model_does_not_hold_for_another_search(with_ngram, t
     }
     for name, options, is_calibrated in (
         ("ngram", {}, True),
+        ("ngram", {"lm_weight": None, "word_bonus": None}, True),
         ("ngram", {"lm": None}, False),
         ("ngram", {"lm_weight": ngram.weight + 0.1}, False),
         ("ngram", {"beam": 2}, False),

@@ -202,13 +202,29 @@ def test_short_cues_stay_on_screen_where_the_next_one_allows():
     from types import SimpleNamespace
 
     words = [
-        SimpleNamespace(start=a, end=b, text="あ", written="")
+        SimpleNamespace(start=a, end=b, text="あ", kana="ア", phonemes=("a",), written="")
         for a, b in ((0.0, 0.2), (0.9, 1.0), (5.0, 5.1))
     ]
-    words.insert(1, SimpleNamespace(start=0.85, end=0.88, text="い", written=""))
+    words.insert(1, SimpleNamespace(start=0.85, end=0.88, text="い", kana="イ", phonemes=("i",), written=""))
     cues = writers._cues(words)
     assert [(round(start, 2), round(end, 2)) for start, end, _ in cues] == [
         (0.0, 0.8),
         (0.85, 1.65),
         (5.0, 5.8),
     ]
+
+
+def test_text_without_word_boundaries_is_split_into_cues():
+    """At pauses, and before a cue becomes too long to read."""
+    starts = [0.2 * i for i in range(100)] + [60.0 + 0.05 * i for i in range(50)]
+    symbols = tuple("漢字仮名混"[i % 5] for i in range(len(starts)))
+    times = tuple((start, start + 0.05) for start in starts)
+    word = Word("".join(symbols), symbols, times[0][0], times[-1][1], -0.1, times)
+    cues = writers._cues([word])
+    assert "".join(text for *_, text in cues) == word.kana
+    assert all(
+        end - start <= writers.CUE_LENGTH and len(text) <= writers.CUE_CHARACTERS for start, end, text in cues
+    )
+    assert not any(start < 21 < 59 < end for start, end, _ in cues)
+    labels = writers.audacity(Transcript((word,), 70.0, 0.0)).splitlines()
+    assert len(labels) == len(cues) > 4

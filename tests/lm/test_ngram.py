@@ -297,6 +297,20 @@ def test_invalid_file_is_rejected_with_its_line(tmp_path, old, new, line):
         read_arpa(path)
 
 
+def test_blank_lines_between_sections_are_optional(tmp_path, arpa):
+    (tmp_path / "dense.arpa").write_text(ARPA.replace("\n\n", "\n"), encoding="utf-8")
+    dense, plain = read_arpa(tmp_path / "dense.arpa"), read_arpa(arpa)
+    assert dense.counts == plain.counts and dense.words == plain.words
+    assert dense.sentence_logp(["ア", "カ"]) == pytest.approx(plain.sentence_logp(["ア", "カ"]))
+
+
+def test_unknown_word_may_be_in_capitals(tmp_path, arpa):
+    (tmp_path / "capitals.arpa").write_text(ARPA.replace("<unk>", "<UNK>"), encoding="utf-8")
+    capitals, plain = read_arpa(tmp_path / "capitals.arpa"), read_arpa(arpa)
+    assert capitals.sentence_logp(["x"]) == pytest.approx(plain.sentence_logp(["x"]))
+    assert perplexity(capitals, [["<UNK>", "x", "ア"]]).unknown == 2
+
+
 @pytest.mark.parametrize("zero", ["-99", "-inf", "-1e38", "-1e300"])
 def test_probabilities_of_zero_are_read_as_the_lowest_finite_one(tmp_path, zero):
     """Probabilities and back-off weights of zero become 1e-99, as in SRILM."""
@@ -340,6 +354,13 @@ def test_perplexity_includes_or_excludes_unknown_words(arpa):
     assert found.excluding_unknown == pytest.approx(10 ** (-(sum(logps) - logps[1]) / 4), rel=1e-4)
     with pytest.raises(DataError):
         perplexity(read_arpa(arpa), [])
+
+
+def test_perplexity_needs_a_sentence_end(tmp_path):
+    path = tmp_path / "a.arpa"
+    path.write_text("\\data\\\nngram 1=1\n\n\\1-grams:\n-0.5\ta\n\n\\end\\\n")
+    with pytest.raises(DataError, match="</s>"):
+        perplexity(read_arpa(path), [["a"]])
 
 
 def test_unknown_words_have_kenlms_floor_without_unk():

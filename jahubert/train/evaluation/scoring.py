@@ -6,15 +6,19 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jahubert.errors import DataError
 from jahubert.inference.confidence import WordFeatures
 from jahubert.phonemes import PhonemeSet, phones_to_kana
 from jahubert.train.data.targets import vocabulary_kind
 from jahubert.train.evaluation.metrics import ErrorCounts, align, bootstrap_interval, count_errors
+from jahubert.train.text.japanese import text_to_words
 from jahubert.train.text.normalization import is_punctuation, recognized_characters
+from jahubert.train.text.tokens import written_form
 
 Words = list[tuple[str, ...]]
 
@@ -88,9 +92,15 @@ def _texts(utterance: ScoredUtterance) -> tuple[str, str]:
     """Return the compared characters of the texts, or two empty texts if the utterance has no text."""
     if not has_text(utterance):
         return "", ""
-    return recognized_characters(utterance.reference_text or ""), recognized_characters(
-        "".join(utterance.written or ())
-    )
+    reference, hypothesis = utterance.reference_text or "", "".join(utterance.written or ())
+    return _lexicon_characters(reference), _lexicon_characters(hypothesis)
+
+
+def _lexicon_characters(text: str) -> str:
+    """Return the characters of a text as in a lexicon, that is, with numbers in kanji (2人 becomes 二人)."""
+    with suppress(DataError):  # a word has no reading
+        text = "".join(written_form(word) for word in text_to_words(text))
+    return recognized_characters(text)
 
 
 def has_text(utterance: ScoredUtterance) -> bool:
@@ -101,7 +111,10 @@ def has_text(utterance: ScoredUtterance) -> bool:
 _CHARACTERS = "NFKC, letters and digits only, without spaces"
 _CER = _measure("cer", "CER", _without_punctuation, _CHARACTERS)
 TEXT_CER = Measure(
-    "text_cer", "text CER", _texts, f"words of the lexicon and text of the corpus; {_CHARACTERS}"
+    "text_cer",
+    "text CER",
+    _texts,
+    f"words of the lexicon and text of the corpus, both with numbers in kanji; {_CHARACTERS}",
 )
 
 # Measures for each vocabulary. The phones of a word are not joined, because k y o and ky o would be equal.
@@ -250,13 +263,14 @@ def published_table(
 ) -> str:
     """Format published WERs and `results` (name, WER by set) as a table with one column per published set.
 
-    Return an empty string if there are no published rows or no results.
+    Return an empty string if there are no published rows, or no results on their sets.
     """
-    results = [(f"here: {name}", row) for name, row in results if row]
+    shared = {split for row in published.values() for split in row}
+    results = [(f"here: {name}", row) for name, row in results if shared & row.keys()]
     if not published or not results:
         return ""
     rows = [*((f"published: {name}", row) for name, row in published.items()), *results]
-    sets = sorted({split for row in published.values() for split in row})
+    sets = sorted(shared)
     width = max(len(name) for name, _ in rows)
     lines = [
         "WER (%) compared with published results",

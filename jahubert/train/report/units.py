@@ -66,7 +66,8 @@ def phone_times(exp: Path, manifest: Manifest) -> tuple[dict[int, tuple[Phone, .
             done(1)
     if times:
         return times, "corpus"
-    for path in sorted(exp.glob("systems/*/decode/alignment.jsonl")):
+    paths = sorted(exp.glob("systems/*/decode/alignment.jsonl"))
+    for path in paths or sorted(exp.glob("systems/*/decode-*/alignment.jsonl")):
         for line in path.read_bytes().splitlines():  # ids may contain Unicode line separators
             item = json.loads(line)
             times[item["row"]] = tuple(Phone(*phone) for phone in item["phones"])

@@ -58,7 +58,7 @@ from jahubert.train.experiment.provenance import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 7
+VERSION = 8
 _MAX_DISTANCE = 5  # maximum distance (frames; 100 ms) between a CTC spike and a frame of its phone
 
 
@@ -380,7 +380,8 @@ def phone_times(spans: Sequence[Span], n_frames: int, phonemes: PhonemeSet) -> l
         is_phone = is_near and span.label != phonemes.boundary
         name = phonemes.symbols[span.label] if is_phone else "pau"
         end = HUBERT.start(frame + 1)
-        if frame and span is nearest_S[frame - 1] and times[-1][0] == name:
+        is_same = frame > 0 and times[-1][0] == name and (name == "pau" or span is nearest_S[frame - 1])
+        if is_same:
             times[-1] = (name, times[-1][1], end)
         else:
             times.append((name, HUBERT.start(frame), end))

@@ -44,7 +44,7 @@ from jahubert.train.report.results import result_label
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 _N_CONFUSIONS = 30
 
 

@@ -21,7 +21,8 @@ class Tokenizer:
     """Tokenizer for lines of text. For the unit `word`, it also collects the pronunciations of the words.
 
     Units:
-        word: words as written. pyopenjtalk-plus determines their boundaries and readings.
+        word: words as written, except that numbers are in kanji. pyopenjtalk-plus determines their boundaries
+            and readings.
         phone, kana: phones or kana of the words, with `|` between words.
         character: letters and digits after NFKC, without spaces. With `punctuation`, also punctuation marks.
         token: the parts of the line between spaces, unchanged.

@@ -11,9 +11,10 @@ import pytest
 from jahubert.errors import DataError
 from jahubert.phonemes import PhonemeSet
 from jahubert.train.data.targets import character_set, kana_set
-from jahubert.train.evaluation.metrics import bootstrap_interval, paired_bootstrap
+from jahubert.train.evaluation.metrics import bootstrap_interval, count_errors, paired_bootstrap
 from jahubert.train.evaluation.scoring import (
     MEASURES,
+    TEXT_CER,
     ScoredUtterance,
     SetScore,
     aligned_lines,
@@ -110,12 +111,29 @@ def test_paired_bootstrap_is_more_sensitive_than_separate_intervals():
     assert test.high < 0 and -test.difference < high - low
 
 
+def test_text_cer_does_not_depend_on_the_spelling_of_numbers():
+    """The words of a lexicon have numbers in kanji."""
+    pytest.importorskip("pyopenjtalk")
+    for reference, written, errors in (
+        (
+            "2024年に100円の水を買った。",
+            ["二千二十四", "年", "に", "百", "円", "の", "水", "を", "買っ", "た"],
+            0,
+        ),
+        ("私は１人で行く", ["私", "は", "一人", "で", "帰る"], 2),
+    ):
+        item = ScoredUtterance("u", "t", "s", [], [], reference_text=reference, written=written)
+        characters = TEXT_CER.items(item)
+        assert count_errors(*characters).errors == errors, characters
+
+
 def test_published_rows_come_before_own_results():
     published = {"paper": {"eval1": 9.3, "eval2": 7.07}}
     lines = published_table(published, [("main", {"eval1": 12.345, "other": 1.0})]).splitlines()
     assert lines[1].split() == ["eval1", "eval2"]
     assert lines[2].split() == ["published:", "paper", "9.30", "7.07"]
     assert lines[3].split() == ["here:", "main", "12.35", "-"]
+    assert published_table(published, [("main", {"dev": 1.0})]) == ""  # no published set
     assert published_table({}, [("main", {"eval1": 1.0})]) == ""
     assert published_table(published, [("main", {})]) == ""  # no set of this system has phones
 

@@ -131,6 +131,15 @@ def test_ids_with_unicode_line_separators_are_read(tmp_path):
     assert times == {0: (Phone("a", 0, 320),)} and "main" in source
 
 
+def test_alignment_of_another_decoding_is_used(tmp_path):
+    path = tmp_path / "systems/main/decode-align/alignment.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"row": 0, "id": "a", "phones": [["a", 0, 320]]}) + "\n")
+    write_manifest(tmp_path / "m.arrow", [Utterance("a", AudioSource("/a.wav"), n_samples=320)])
+    times, source = phone_times(tmp_path, Manifest(tmp_path / "m.arrow"))
+    assert times == {0: (Phone("a", 0, 320),)} and "main" in source
+
+
 def test_several_experiments_are_compared(tmp_path):
     first, second = make_experiment(tmp_path / "a"), make_experiment(tmp_path / "b", lr=2e-3)
     text = page(first, (second,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def test_frames_belong_to_the_nearest_phone():
             for label, start, end in zip(rng.integers(1, 6, 6), edges[::2], edges[1::2], strict=True)
         ]
         times = decode.phone_times(spans, 200, phonemes)
+        assert not any(a[0] == b[0] == "pau" for a, b in itertools.pairwise(times))
         assert times[0][1] == 0 and [t[1] for t in times[1:]] == [t[2] for t in times[:-1]]
         for frame in range(200):
             distance, nearest = min(
