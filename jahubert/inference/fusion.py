@@ -123,8 +123,7 @@ class SymbolFusion(Fusion):
 
     Raises:
         ConfigError: the weight or bonus is not finite.
-        DataError: the model lacks the word boundary of the head, or the symbols of the head have less than
-            half of the model's unigram probability.
+        DataError: the symbols of the head have less than half of the model's unigram probability.
     """
 
     def __init__(self, model: NGram, symbols: PhonemeSet, lm_weight: float, word_bonus: float = 0.0):
@@ -138,12 +137,6 @@ class SymbolFusion(Fusion):
         labels = [label for label in range(len(symbols)) if label != symbols.blank]
         self.label_C = np.array(labels)
         names = [symbols.symbols[label] for label in labels]
-        if symbols.boundary >= 0 and (boundary := symbols.symbols[symbols.boundary]) not in model.index:
-            raise DataError(
-                f"the language model lacks the word boundary {boundary}, so the output would have no "
-                "words; train it on text with this symbol between words, for example with jahubert ngram "
-                "--unit phone"
-            )
         self.word_C = model.word_ids(names)
         share = _unigram_share(model, self.word_C)
         if share < 0.5:
@@ -431,6 +424,13 @@ def load_fusion(
             return LexiconFusion(tree, model, lm_weight, word_bonus)
         if model is not None:
             _report_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
+            if symbols.boundary >= 0 and symbols.symbols[symbols.boundary] not in model.index:
+                log.warning(
+                    "%s: the language model lacks the word boundary %s and scores it as unknown, so words "
+                    "will not be separated; unless your recordings are single words, train it on text with "
+                    "%s between words, for example with jahubert ngram --unit phone",
+                    lm, *2 * [symbols.symbols[symbols.boundary]],
+                )  # fmt: skip
             return SymbolFusion(model, symbols, lm_weight, word_bonus)
     except DataError as error:  # only the language model can be wrong here
         raise DataError(f"{lm}: {error}") from error
@@ -443,6 +443,10 @@ class RowCache:
     Args:
         fusion: fusion that computes missing rows.
         device, dtype: device and dtype of the scores.
+
+    Attributes:
+        next_state_RC: state after each continuation, as in `Rows`.
+        next_row_RC: row of this state, or -1 if the row has not been computed.
     """
 
     def __init__(self, fusion: Fusion, device: torch.device, dtype: torch.dtype):

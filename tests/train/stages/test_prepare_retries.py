@@ -167,7 +167,7 @@ def read_reazonspeech(folder, work, parquet=False):
     release = Release(folder, shards=2, rows=2)
     data = release.write_parquet() if parquet else release.write()
     recipe = recipe_module("reazonspeech")
-    config = recipe.Config(subset="tiny", processes=1)
+    config = recipe.Config(subset="all" if parquet else "tiny", processes=1)
     return lambda: recipe.prepare(data, work, config, 0)
 
 
