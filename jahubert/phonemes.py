@@ -304,15 +304,21 @@ _PARTICLES = {
 def normalize_kana_words(words: Sequence[str], surface: str | None = None) -> list[str]:
     """Convert the orthographic readings of the words of a sentence to their pronunciations in katakana.
 
-    は and へ are particles if they are words of their own after the first word: わたし は becomes ワタシ ワ.
+    は and へ are read as particles if they are words of their own after the first word, unless the sentence
+    as written has no は or へ: わたし は becomes ワタシ ワ, but むし の は in 虫の歯 becomes ムシ ノ ハ.
 
     Args:
-        surface: the sentence as written, which is used if it has only one word (see `normalize_kana`).
+        surface: the sentence as written. If it has only one word, it also resolves ambiguous readings (see
+            `normalize_kana`).
     """
     if len(words) == 1:
         return [normalize_kana(words[0], surface or None)]
     spoken = [normalize_kana(word) for word in words]
-    return [spoken[0], *(_PARTICLES.get(word, word) for word in spoken[1:])] if spoken else []
+    written = to_katakana(surface) if surface else "ハヘ"
+    return [
+        _PARTICLES.get(word, word) if i and any(kana in word and kana in written for kana in "ハヘ") else word
+        for i, word in enumerate(spoken)
+    ]
 
 
 def _mark_parts(text: str, surface: str) -> str:

@@ -50,6 +50,5 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     with path.open("rb") as file:
-        is_compressed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+        is_compressed = file.peek(2)[:2] == b"\x1f\x8b"  # a pipe cannot seek
         yield open_gzip(file, path) if is_compressed else file

@@ -424,12 +424,13 @@ def load_fusion(
             return LexiconFusion(tree, model, lm_weight, word_bonus)
         if model is not None:
             _report_unknown(model, [name for name in symbols.symbols if name != BLANK], "symbols")
-            if symbols.boundary >= 0 and symbols.symbols[symbols.boundary] not in model.index:
+            boundary = symbols.symbols[symbols.boundary] if symbols.boundary >= 0 else ""
+            if boundary and boundary not in model.index:
                 log.warning(
                     "%s: the language model lacks the word boundary %s and scores it as unknown, so words "
                     "will not be separated; unless your recordings are single words, train it on text with "
                     "%s between words, for example with jahubert ngram --unit phone",
-                    lm, *2 * [symbols.symbols[symbols.boundary]],
+                    lm, boundary, boundary,
                 )  # fmt: skip
             return SymbolFusion(model, symbols, lm_weight, word_bonus)
     except DataError as error:  # only the language model can be wrong here

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
@@ -234,16 +235,21 @@ def read_xml(path: Path) -> XmlTranscript:
 
 
 def _utf8_xml(path: Path) -> bytes:
-    """Read an XML file, and convert it to UTF-8, because expat does not support Shift_JIS and EUC-JP."""
+    """Read an XML file as UTF-8, converting it from its declared encoding if it is not UTF-8 already.
+
+    expat does not support Shift_JIS and EUC-JP.
+    """
     raw = read_bytes(path)
-    declared = re.match(rb"\s*<\?xml[^>]*encoding\s*=\s*[\"']([\w.:-]+)", raw)
-    encoding = declared[1].decode("ascii") if declared else "utf-8"
+    with suppress(UnicodeDecodeError):
+        raw.decode()
+        return raw
+    declaration = re.match(rb"\s*<\?xml[^>]*encoding\s*=\s*[\"']([\w.:-]+)", raw)
+    encoding = declaration[1].decode("ascii") if declaration else "utf-8"
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
-    if encoding.lower().replace("-", "_") in ("shift_jis", "sjis", "windows_31j"):
-        encoding = "cp932"
+    is_shift_jis = encoding.lower().replace("-", "_") in ("shift_jis", "sjis", "windows_31j")
     try:
-        return raw if encoding.lower() in ("utf-8", "utf8") else raw.decode(encoding).encode()
+        return raw.decode("cp932" if is_shift_jis else encoding).encode()
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(f"{path}: not in the declared encoding {encoding} ({error})") from error
 

@@ -74,7 +74,7 @@ def prepare(data: Path | None, work: Path, config: Config, seed: int) -> Iterato
     """
     if data is not None and (parquet := find_parquet(data, config.subset)):
         folder = parquet[0].parent
-        if tables := [path for release in {data, folder} for path in _table_files(release)]:
+        if tables := [path for release in dict.fromkeys((data, folder)) for path in _table_files(release)]:
             raise DataError(
                 f"{data}: found both parquet files ({parquet[0]}) and the table {tables[0]} of a release "
                 "with tar shards; set data= to a folder with one of them"
@@ -240,7 +240,7 @@ def find_release(data: Path | None, subset: str) -> tuple[Path, Path]:
     releases = [folder for folder in (data, *sorted(data.glob("reazonspeech-v*"))) if _tables(folder)]
     if not releases and (others := parquet_subsets(data)):
         raise DataError(
-            f"{data}: no parquet files for subset={subset}; set it to one of: {', '.join(others)}one of them"
+            f"{data}: no parquet files for subset={subset}; set it to one of: {', '.join(others)}"
         )
     if len(releases) != 1:
         contents = " and ".join(folder.name for folder in releases) or "no table such as tsv/tiny.tsv"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from jahubert.formats.atomic import atomic_write
 from jahubert.formats.gzip_files import open_gzip
 from jahubert.train.data.manifest import Rejected
 from jahubert.train.data.utterances import is_file, is_folder, read_reliably
+
+log = logging.getLogger(__name__)
 
 # Accepted names for each column, in order of preference; case is ignored.
 COLUMNS = {
@@ -41,9 +44,11 @@ COLUMNS = {
     "id": ("id", "utt_id", "utterance_id"),
 }
 SPLITS = {
-    **dict.fromkeys(("training",), "train"),
+    "training": "train",
+    "tr": "train",
     **dict.fromkeys(("validation", "valid", "val", "development", "devel"), "dev"),
-    **dict.fromkeys(("eval", "evaluation"), "test"),
+    "eval": "test",
+    "evaluation": "test",
 }
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _UNDECODED = range(0xDC80, 0xDD00)  # characters that stand for bytes that are not UTF-8
@@ -271,7 +276,7 @@ def _json_records(path: Path) -> _Records:
         if problem := _encoding_problem(line):
             yield number, problem
             continue
-        if line.strip() == "[" or line.lstrip().startswith("[{"):
+        if number == 1 and re.fullmatch(r"\[\s*(\{.*)?", line.strip()):
             raise DataError(
                 f"{path}:{number}: the file has a list of objects, but one object per line is expected; "
                 "convert it with: jq -c '.[]'"
@@ -363,7 +368,8 @@ def read_kaldi(folder: Path, split: str = "") -> Iterator[Row | Rejected]:
             record = {"path": audio, "id": id, "text": text.get(id), "speaker": speaker.get(id)}
             if is_segmented:
                 record["start"], end = [*times.split(), "?", "?"][:2]
-                record["end"] = None if end == "-1" else end  # -1: the end of the recording
+                # An end of -1 is that of the recording.
+                record["end"] = None if re.fullmatch(r"-1(\.0*)?", end) else end
             # Kaldi resolves paths from the working directory. Paths relative to the folder are also accepted.
             base = Path() if is_file(audio) else folder
             yield _row(record, {name: name for name in record}, where, base, split)
@@ -405,16 +411,26 @@ class _KaldiTable:
 def read_espnet(folder: Path) -> Iterator[Row | Rejected]:
     """Read an ESPnet dump: Kaldi data directories whose names determine the splits.
 
-    Folders such as train_nodup are training sets, and folders such as dev_clean and train_dev are development
-    sets. Other folders are test sets.
+    See `_split_of_folder`. Folders that do not name a split are test sets.
     """
     root = folder / "raw" if any(folder.glob("raw/*/wav.scp")) else folder
     for scp in sorted(root.glob("*/wav.scp")):
         name = scp.parent.name
-        parts = [normalize_split(part) for part in re.split("[_-]", name)]
-        first = "dev" if "dev" in parts else parts[0]
-        split = first if parts[0] in ("train", "dev") else name
-        yield from read_kaldi(scp.parent, split)
+        yield from read_kaldi(scp.parent, _split_of_folder(name) or name)
+
+
+def _split_of_folder(name: str) -> str:
+    """Return the split that a folder is named after, or an empty string.
+
+    train_nodup, train-clean-100 and tr_no_dev are training sets, dev_clean and train_dev development sets,
+    and test_clean a test set of its own.
+    """
+    parts = [normalize_split(part) for part in re.split("[_-]", name)]
+    if parts[0] == "test":
+        return name if len(parts) > 1 else "test"
+    if parts[0] not in ("train", "dev"):
+        return ""
+    return "dev" if "dev" in parts and "no" not in parts else "train"
 
 
 def _is_cut_manifest(path: Path) -> bool:
@@ -473,8 +489,8 @@ def _cut_row(record: Mapping[str, Any], where: str, folder: Path) -> Row | Rejec
 def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
     """Read a folder of audio files with transcripts in .txt or .lab files.
 
-    Subfolders named train, dev or test, or a synonym, are splits. All other subfolders of the folder or of a
-    split are speakers. Files below `exclude`, where copies are written, are skipped.
+    Subfolders that are named after a split (see `_split_of_folder`) are splits. All other subfolders of the
+    folder or of a split are speakers. Files below `exclude`, where copies are written, are skipped.
     """
     paths, errors = find_audio(folder)
     paths = [path for path in paths if not path.absolute().is_relative_to(exclude.absolute())]
@@ -484,6 +500,13 @@ def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
         )
     for error in errors:
         yield Rejected(os.fsdecode(error.filename), "unreadable folder", str(error))
+    depths = [path.relative_to(folder).parts for path in paths]
+    if len({parts[0] for parts in depths}) == 1 and any(len(parts) > 2 for parts in depths):
+        log.warning(
+            "table: all recordings are in the folder %s, which is taken for their speaker; if its subfolders "
+            "are speakers, set data= to this folder",
+            folder / depths[0][0],
+        )
     for path in paths:
         transcripts = [path.with_suffix(suffix) for suffix in (".txt", ".lab")]
         transcript = next((candidate for candidate in transcripts if is_file(candidate)), None)
@@ -491,26 +514,25 @@ def read_audio_folder(folder: Path, exclude: Path) -> Iterator[Row | Rejected]:
         if problem := _encoding_problem("".join(lines)):
             yield Rejected(str(path), "malformed line", f"{transcript}: {problem}")
             continue
-        if _are_timed_labels(lines):
+        if transcript and transcript.suffix == ".lab" and _are_timed_labels(lines):
             yield Rejected(str(path), "labels with times instead of a transcript", str(transcript))
             continue
         text = " ".join(" ".join(lines).split())
-        folders = list(path.parent.relative_to(folder).parts)
-        split = normalize_split(folders[0]) if folders else ""
-        if split in ("train", "dev", "test"):
+        folders = path.parent.relative_to(folder).parts
+        if split := _split_of_folder(folders[0]) if folders else "":
             folders = folders[1:]
-        else:
-            split = ""
         yield Row(str(path), path, text=text, speaker=folders[0] if folders else "", split=split)
 
 
 def _are_timed_labels(lines: list[str]) -> bool:
-    """Return whether each line has a start, a later end and a label, as in the label files of HTS."""
+    """Return whether the lines have times and labels, each from the end of the previous one (HTS, Julius)."""
     fields = [line.split(maxsplit=2) for line in lines if line.strip()]
     try:
-        return bool(fields) and all(float(start) < float(end) for start, end, _ in fields)
+        times = [(float(start), float(end)) for start, end, _ in fields]
     except ValueError:  # fewer fields, or no numbers
         return False
+    is_ordered = all(start <= end for start, end in times)
+    return len(times) > 1 and is_ordered and all(a[1] <= b[0] for a, b in pairwise(times))
 
 
 def normalize_split(split: str) -> str:

@@ -72,6 +72,11 @@ def test_gzip_text_may_have_any_name_and_folders_are_explained(tmp_path, capsys)
     out = tmp_path / "lm.arpa"
     assert main(["ngram", str(packed), "--unit", "character", "-o", str(out)]) == 0
     assert "雨" in read_arpa(out).words
+    read, write = os.pipe()
+    os.write(write, "雪\n".encode())
+    os.close(write)
+    assert main(["ngram", f"/dev/fd/{read}", "--unit", "character", "-o", str(out)]) == 0
+    assert "雪" in read_arpa(out).words
     assert main(["ngram", str(tmp_path / "texts"), "--unit", "character", "-o", str(out)]) == 2
     assert "texts/*.txt" in capsys.readouterr().err
 

@@ -225,6 +225,9 @@ def test_text_without_word_boundaries_is_split_into_cues():
     assert all(
         end - start <= writers.CUE_LENGTH and len(text) <= writers.CUE_CHARACTERS for start, end, text in cues
     )
-    assert not any(start < 21 < 59 < end for start, end, _ in cues)
+    paused = Word(
+        "漢字仮名", ("漢", "字", "仮", "名"), 0.0, 1.9, -0.1, ((0, 0.1), (0.2, 0.3), (1.0, 1.1), (1.8, 1.9))
+    )
+    assert [text for *_, text in writers._cues([paused])] == ["漢字", "仮", "名"]
     labels = writers.audacity(Transcript((word,), 70.0, 0.0)).splitlines()
     assert len(labels) == len(cues) > 4

@@ -206,24 +206,33 @@ def test_sessions_of_a_speaker_are_not_separate_speakers(tmp_path, audio):
     assert len(splits_of) == 10 and {split for _, split in splits_of} == {"train", "dev", "test"}
 
 
+def test_single_folder_with_subfolders_is_reported(tmp_path, audio, caplog):
+    for i, r in enumerate(recordings()[:4]):
+        path = tmp_path / "data" / "wav" / f"speaker{i}" / f"{r['id']}.wav"
+        path.parent.mkdir(parents=True)
+        path.symlink_to(path_of(audio, r))
+    prepared(tmp_path / "data")
+    assert "data/wav" in caplog.text
+
+
 def test_label_files_with_times_are_not_transcripts(tmp_path, audio):
     shutil.copy(path_of(audio, recordings()[0]), tmp_path / "a.wav")
     shutil.copy(path_of(audio, recordings()[1]), tmp_path / "b.wav")
     write(tmp_path / "a.lab", ["0 3125000 silB", "3125000 4000000 k"])
-    write(tmp_path / "b.lab", ["3 000 円"])
+    write(tmp_path / "b.lab", ["3 4 人が来た"])
     items, rejected = prepared(tmp_path, max_rejected=1.0)
     assert [i.id for i in rejected] == [str(tmp_path / "a.wav")] and "times" in rejected[0].reason
-    assert [i.text for i in items] == ["3 000 円"]
+    assert [i.text for i in items] == ["3 4 人が来た"]
 
 
 def test_names_of_espnet_folders_determine_the_split(tmp_path, audio):
-    folders = ["train_nodup", "train_dev", "dev_clean", "eval1", "test_clean"]
+    folders = ["train_nodup", "tr_no_dev", "train_dev", "dev_clean", "eval1", "test_clean"]
     for i, name in enumerate(folders):
         write_kaldi(tmp_path / "dump" / "raw" / name, audio, recordings()[2 * i : 2 * i + 2])
     items, _ = prepared(tmp_path / "dump")
     of = {item.id: item.split for item in items}
-    splits = [of[r["id"]] for r in recordings()[:10:2]]
-    assert splits == ["train", "dev", "dev", "eval1", "test_clean"]
+    splits = [of[r["id"]] for r in recordings()[:12:2]]
+    assert splits == ["train", "train", "dev", "dev", "eval1", "test_clean"]
 
 
 def test_missing_training_split_is_reported(tmp_path, audio, caplog):
@@ -235,7 +244,7 @@ def test_missing_training_split_is_reported(tmp_path, audio, caplog):
 def test_end_of_minus_one_in_kaldi_segments_is_the_end_of_the_recording(tmp_path, audio):
     write_kaldi(tmp_path / "kaldi", audio, recordings()[:1])
     id = recordings()[0]["id"]
-    write(tmp_path / "kaldi" / "segments", [f"{id}-part {id} 0.1 -1"])
+    write(tmp_path / "kaldi" / "segments", [f"{id}-part {id} 0.1 -1.00"])
     items, _ = prepared(tmp_path / "kaldi", max_rejected=1.0)
     assert [(i.id, i.start, i.n_samples) for i in items] == [(f"{id}-part", 1600, 4000 - 1600)]
 

@@ -93,14 +93,14 @@ def _texts(utterance: ScoredUtterance) -> tuple[str, str]:
     if not has_text(utterance):
         return "", ""
     reference, hypothesis = utterance.reference_text or "", "".join(utterance.written or ())
-    return _lexicon_characters(reference), _lexicon_characters(hypothesis)
+    with suppress(DataError):  # a word of either text has no reading
+        reference, hypothesis = _lexicon_spelling(reference), _lexicon_spelling(hypothesis)
+    return recognized_characters(reference), recognized_characters(hypothesis)
 
 
-def _lexicon_characters(text: str) -> str:
-    """Return the characters of a text as in a lexicon, that is, with numbers in kanji (2人 becomes 二人)."""
-    with suppress(DataError):  # a word has no reading
-        text = "".join(written_form(word) for word in text_to_words(text))
-    return recognized_characters(text)
+def _lexicon_spelling(text: str) -> str:
+    """Spell a text as the words of a lexicon, that is, with numbers in kanji: 2人 becomes 二人."""
+    return "".join(written_form(word) for word in text_to_words(text)) if text else ""
 
 
 def has_text(utterance: ScoredUtterance) -> bool:

@@ -34,6 +34,9 @@ _SIGNS = {
 # Exponents, which NFKC would turn into additional digits of a number.
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _EXPONENT = re.compile(r"(?<=[\dA-Za-z)])([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+# Private-use characters that stand for the words that `normalize_text` keeps.
+_FIRST_HELD = 0xF0000
+_HELD = re.compile(f"[{chr(_FIRST_HELD)}-{chr(0x10FFFF)}]")
 # Positions between circled digits, which NFKC would turn into the digits of one number.
 _CIRCLED = re.compile(r"(?<=[①-⑳])(?=[①-⑳\d])|(?<=\d)(?=[①-⑳])")
 _METERS = re.compile(r"(?<=\d)([kcm]?)m([²³]|[23](?![\dA-Za-z]))")
@@ -221,14 +224,17 @@ def normalize_text(text: str, kept: re.Pattern[str] | None = None) -> str:
     control characters become spaces, and invisible format characters are removed.
 
     Args:
-        kept: words to which only NFKC is applied, as a pattern with one group.
+        kept: pattern for words to which only NFKC is applied.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = _HELD.sub(" ", unicodedata.normalize("NFC", text))
+    words: list[str] = []
+
+    def hold(match: re.Match[str]) -> str:
+        words.append(unicodedata.normalize("NFKC", match[0]))
+        return chr(_FIRST_HELD + len(words) - 1)
+
     if kept is not None:
-        parts = kept.split(text)
-        parts[::2] = [normalize_text(part) for part in parts[::2]]
-        parts[1::2] = [unicodedata.normalize("NFKC", part) for part in parts[1::2]]
-        return "".join(parts)
+        text = kept.sub(hold, text)
     text = _CIRCLED.sub(" ", text)
     text = "".join(_SIGNS.get(char, char) for char in text)
     text = _METERS.sub(_square_meters, text)
@@ -238,14 +244,14 @@ def normalize_text(text: str, kept: re.Pattern[str] | None = None) -> str:
     text = "".join(_simplify(char) for char in "".join(parts))
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
-    return text
+    return _HELD.sub(lambda match: words[ord(match[0]) - _FIRST_HELD], text)
 
 
 def _simplify(char: str) -> str:
     category = unicodedata.category(char)
     if category == "Cf":  # such as a zero-width space or a soft hyphen
         return ""
-    if category[0] in "CZ":
+    if category[0] in "CZ" and not _HELD.match(char):
         return " "
     base = unicodedata.normalize("NFD", char)[0]
     return base if base.isascii() and base.isalnum() else char

@@ -69,8 +69,8 @@ _ENDINGS = {
 }
 _COMMENT = re.compile(r"(?:^|(?<=\s))#")
 # The analyzer converts ASCII characters to full-width characters, and some of them to other characters.
-_WIDE = {code: code + 0xFEE0 for code in range(ord("!"), ord("~") + 1)}
-_WIDE |= str.maketrans("-'\"`~\\", "−’”‘〜￥")
+_FULL_WIDTH = {code: code + 0xFEE0 for code in range(ord("!"), ord("~") + 1)}
+_WIDE = _FULL_WIDTH | str.maketrans("-'\"`~\\", "−’”‘〜￥")
 _COST = -6000  # so low that words in the user dictionary are preferred over any other segmentation
 
 
@@ -104,9 +104,17 @@ def kept_words(path: Path | None) -> re.Pattern[str] | None:
     if path is None:
         return None
     words = {unicodedata.normalize("NFC", surface) for surface, _ in read_words(path)}
-    changed = [word for word in words if normalize_text(word) != unicodedata.normalize("NFKC", word)]
-    longest_first = sorted(changed, key=lambda word: (-len(word), word))
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if changed else None
+    changed = {word for word in words if normalize_text(word) != unicodedata.normalize("NFKC", word)}
+    forms = changed | {unicodedata.normalize("NFKC", word).translate(_FULL_WIDTH) for word in changed}
+    longest_first = sorted(forms, key=lambda word: (-len(word), word))
+    return re.compile("|".join(map(_whole_word, longest_first))) if changed else None
+
+
+def _whole_word(word: str) -> str:
+    """Return a pattern for a word that is not part of a longer number or Latin word (as 7-11 in 7-11-2)."""
+    start = r"(?<![0-9A-Za-z])(?<!\d[-.:/])" if re.match("[0-9A-Za-z]", word) else ""
+    end = r"(?![0-9A-Za-z]|[-.:/]\d)" if re.search("[0-9A-Za-z]$", word) else ""
+    return f"{start}{re.escape(word)}{end}"
 
 
 def read_words(path: Path) -> list[tuple[str, str]]:

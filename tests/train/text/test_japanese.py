@@ -272,6 +272,10 @@ def test_words_of_the_user_dictionary_may_contain_any_sign(tmp_path):
     path.write_text("".join(f"{word}\tテスト # {word}\n" for word in signs + others), encoding="utf-8")
     for word in signs + others:
         assert [w.kana for w in text_to_words(f"{word}です", path)] == ["テスト", "デス"], word
+    for text in ("Ｃ＃です", "７－１１です"):
+        assert [w.kana for w in text_to_words(text, path)] == ["テスト", "デス"]
+    for text in ("2017-11-05に", "12:50に", "03-1235-0123に", "え〜、はい"):  # parts of numbers are not words
+        assert text_to_words(text, path) == text_to_words(text)
     assert [w.kana for w in text_to_words("3-0です", path)] == [
         "サン",
         "タイ",
