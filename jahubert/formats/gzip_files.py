@@ -34,6 +34,14 @@ class _LimitedGzip(io.RawIOBase):
         return n_bytes
 
 
+def open_maybe_gzip(raw: io.BufferedReader, path: Path) -> BinaryIO:
+    """Return a file, or its decompressed content if it starts like a gzip file (see `open_gzip`).
+
+    The file may be a pipe, unless it is compressed.
+    """
+    return open_gzip(raw, path) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+
+
 def open_gzip(raw: BinaryIO, path: Path) -> BinaryIO:
     """Open a gzip file for buffered reading.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jahubert.errors import DataError
-from jahubert.formats.gzip_files import open_gzip
+from jahubert.formats.gzip_files import open_maybe_gzip
 
 MAX_LINE = 1 << 20  # maximum length of a line in bytes
 
@@ -50,5 +50,4 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     with path.open("rb") as file:
-        is_compressed = file.peek(2)[:2] == b"\x1f\x8b"  # a pipe cannot seek
-        yield open_gzip(file, path) if is_compressed else file
+        yield open_maybe_gzip(file, path)

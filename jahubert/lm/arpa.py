@@ -16,7 +16,7 @@ import numpy as np
 
 from jahubert.errors import DataError, quote
 from jahubert.formats.atomic import atomic_path
-from jahubert.formats.gzip_files import open_gzip
+from jahubert.formats.gzip_files import open_maybe_gzip
 from jahubert.lm.ngram import Entries, NGram, NGramError
 
 MAX_LINE = 1 << 16  # maximum length of a line in bytes
@@ -26,7 +26,6 @@ _LN10 = math.log(10.0)
 # Base-10 logarithm that stands for a probability of zero in ARPA files (SRILM). It replaces smaller numbers,
 # such as -inf, because differences and products of infinite scores can be NaN.
 _ZERO = -99.0
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_arpa(path: Path) -> NGram:
@@ -38,11 +37,7 @@ def read_arpa(path: Path) -> NGram:
     """
     try:
         with path.open("rb") as raw:
-            compressed = raw.read(2) == _GZIP_MAGIC
-            raw.seek(0)
-            if compressed:
-                return _Reader(path, open_gzip(raw, path)).read()
-            return _Reader(path, raw).read()
+            return _Reader(path, open_maybe_gzip(raw, path)).read()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot read the language model ({error})") from error
 
